@@ -1,0 +1,254 @@
+"""
+Make ``docs/benchmarks.md`` and its pictures from ``benchmarks/results/*.json``.
+
+    python benchmarks/make_tables.py
+
+The same results give the same files, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from sb3_diffusion.evaluation import bootstrap_interval, interquartile_mean
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HEAD = """# Benchmarks
+
+<!-- Made by benchmarks/make_tables.py from benchmarks/results/*.json: do not edit. -->
+
+How to read the tables. A *score* is the mean over the episodes of one evaluation of one run: in percent between a random
+policy (0) and an expert (100) where reference scores are known, else the return. **Last** is the score at the end of
+training, **best** the highest of a run's evaluations, which is chosen with the knowledge of the outcome and therefore
+flatters. Both are interquartile means over runs (seeds) with a 95 % stratified bootstrap interval in brackets; with fewer
+than four runs the interquartile mean is the plain mean, with one run there is no interval. *All episodes* is the
+interquartile mean of the single episodes of the last evaluation, all runs together. *Steps per second* counts training
+alone, *time* evaluations too; both are means over runs. Make the page again with `make tables`.
+"""
+
+
+def main() -> int:
+    """:return: exit status"""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    options = parser.parse_args()
+    sections = [HEAD]
+    for path in sorted(options.results.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            render = {"runs": runs_section, "table": table_section}[content["kind"]]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            print(f"skipped {path.name}: not a result file that this script knows ({error!r})", file=sys.stderr)
+            continue
+        sections.append(render(path.stem, content, options.docs))
+    page = options.docs / "benchmarks.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(sections), encoding="utf-8")
+    print(page)
+    return 0
+
+
+def runs_section(stem: str, content: dict[str, Any], docs: Path) -> str:
+    """
+    Table and learning curves of finished runs.
+
+    :param stem: name of the result file
+    :param content: of the result file
+    :param docs: folder of the documentation
+    :return: Markdown
+    """
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in content["runs"].values():
+        groups[run["name"]].append(run)
+    lines = [f"## {content['title']}", ""]
+    if content.get("text"):
+        lines += [content["text"], ""]
+    if not groups:
+        return "\n".join([*lines, "No run has finished yet.", ""])
+    rows = []
+    for name, runs in groups.items():
+        last = [scores(run)[-1].mean() for run in runs]
+        best = [max(evaluation.mean() for evaluation in scores(run)) for run in runs]
+        episodes = np.concatenate([scores(run)[-1] for run in runs])
+        behavior = runs[0]["behavior"]
+        rows.append(
+            [
+                name,
+                str(len(runs)),
+                f"{runs[0]['total_timesteps']:,}",
+                "" if behavior is None else number(behavior_score(runs[0], "mean")),
+                with_interval(last),
+                with_interval(best),
+                number(interquartile_mean(episodes)),
+                f"{np.mean([run['timesteps_per_second'] for run in runs]):.0f}",
+                f"{np.mean([run['wall_seconds'] for run in runs]) / 60:.1f} min",
+            ]
+        )
+    heads = ["", "seeds", "timesteps", "behaviour", "last", "best", "all episodes", "steps per second", "time"]
+    lines += markdown_table(heads, rows)
+    picture = f"assets/{stem}.svg"
+    draw_curves(docs / picture, groups, content["title"])
+    lines += ["", f"![Learning curves: {content['title']}]({picture})", ""]
+    every = [run for runs in groups.values() for run in runs]
+    first = every[0]
+    lines.append(
+        f"{first['n_eval_episodes']} episodes at each of {first['n_evaluations']} evaluations. Lines are means over seeds, "
+        "thin lines single seeds, the dashed line is the behaviour that made the data."
+    )
+    lines += ["", *provenance([run["environment"] for run in every], [c for run in every for c in run["commands"]]), ""]
+    return "\n".join(lines)
+
+
+def table_section(stem: str, content: dict[str, Any], docs: Path) -> str:
+    """
+    A table as it was measured, and pictures.
+
+    :param stem: name of the result file
+    :param content: of the result file
+    :param docs: folder of the documentation
+    :return: Markdown
+    """
+    lines = [f"## {content['title']}", ""]
+    if content.get("text"):
+        lines += [content["text"], ""]
+    if content["rows"]:
+        rows = [[number(value) if isinstance(value, float) else str(value or "") for value in row] for row in content["rows"]]
+        lines += [*markdown_table(content["columns"], rows), ""]
+    for picture in content["pictures"]:
+        if not (docs / picture["path"]).is_file():
+            print(f"{stem}: the picture docs/{picture['path']} is not there", file=sys.stderr)
+            continue
+        lines += [f"![{picture['caption']}]({picture['path']})", "", picture["caption"], ""]
+    return "\n".join([*lines, *provenance([content["environment"]], [content["environment"]["command"]]), ""])
+
+
+def scores(run: dict[str, Any]) -> list[np.ndarray]:
+    """
+    :param run: record of a run
+    :return: per evaluation the scores of its episodes, normalised if all are
+    """
+    evaluations = run["evaluations"]
+    normalized = all(evaluation["normalized_scores"] is not None for evaluation in evaluations)
+    return [np.asarray(evaluation["normalized_scores" if normalized else "returns"]) for evaluation in evaluations]
+
+
+def behavior_score(run: dict[str, Any], which: str) -> float:
+    """
+    :param run: record of a run with a behaviour
+    :param which: ``"mean"`` or ``"best"``
+    :return: in the units of ``scores``
+    """
+    normalized = run["behavior"][f"normalized_{which}"]
+    return run["behavior"][which] if normalized is None or not is_normalized(run) else normalized
+
+
+def is_normalized(run: dict[str, Any]) -> bool:
+    """
+    :param run: record of a run
+    :return: whether its scores are percentages
+    """
+    return all(evaluation["normalized_scores"] is not None for evaluation in run["evaluations"])
+
+
+def with_interval(values: list[float]) -> str:
+    """
+    :param values: one score per run
+    :return: interquartile mean, and its interval if there is one
+    """
+    average = number(interquartile_mean(values))
+    if len(values) < 2:
+        return average
+    low, high = bootstrap_interval(values)
+    return f"{average} [{number(low)}, {number(high)}]"
+
+
+def number(value: float) -> str:
+    """
+    :param value: any number
+    :return: four significant digits, but no more than one decimal from 10 on
+    """
+    if 10 <= abs(value) < 1e6:
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+    return f"{value:.4g}"
+
+
+def markdown_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """
+    :param heads: of the columns
+    :param rows: of text
+    :return: lines of Markdown
+    """
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def provenance(environments: list[dict[str, Any]], commands: list[str]) -> list[str]:
+    """
+    :param environments: of all runs of a section
+    :param commands: that made them
+    :return: lines of Markdown: hardware, versions, commits and commands, each named once
+    """
+    hardware, versions, commits = set(), set(), set()
+    for where in environments:
+        device = "" if where["device"] == "cpu" else f", {where['device']}"
+        threads = f"{where['torch_threads']} thread{'s' if where['torch_threads'] > 1 else ''}"
+        hardware.add(f"{where['processor']}, {where['cpu_count']} logical cores, {threads}{device}")
+        libraries = ", ".join(f"{name} {version}" for name, version in where["libraries"].items())
+        versions.add(f"Python {where['python']}, {libraries}")
+        commits.add(where["commit"] or "none")
+    shown = "; ".join(f"`{command}`" for command in sorted(set(commands)))
+    return [
+        '??? note "Where these numbers come from"',
+        "",
+        f"    - hardware: {'; '.join(sorted(hardware))}",
+        f"    - software: {'; '.join(sorted(versions))}",
+        f"    - commit: {', '.join(f'`{commit}`' for commit in sorted(commits))}",
+        f"    - command: {shown}",
+    ]
+
+
+def draw_curves(path: Path, groups: dict[str, list[dict[str, Any]]], title: str) -> None:
+    """
+    :param path: picture to write
+    :param groups: runs by name
+    :param title: of the picture
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "path"}):
+        figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+        axes = figure.subplots()
+        any_run = next(iter(groups.values()))[0]
+        for index, (name, runs) in enumerate(groups.items()):
+            color = f"C{index}"
+            curves = []
+            for run in runs:
+                timesteps = np.array([evaluation["timestep"] for evaluation in run["evaluations"]])
+                curves.append((timesteps, np.array([evaluation.mean() for evaluation in scores(run)])))
+                axes.plot(*curves[-1], color=color, alpha=0.3, linewidth=0.8)
+            if all(np.array_equal(timesteps, curves[0][0]) for timesteps, _ in curves):
+                mean = np.mean([curve for _, curve in curves], axis=0)
+                axes.plot(curves[0][0], mean, "o-", color=color, markersize=3, label=f"{name} ({len(runs)})")
+        behaviors = sorted({behavior_score(run, "mean") for runs in groups.values() for run in runs if run["behavior"]})
+        for value in behaviors:
+            axes.axhline(value, color="0.4", linestyle="--", linewidth=1)
+        unit = "normalised score (percent)" if is_normalized(any_run) else "return"
+        axes.set(xlabel="timesteps", ylabel=unit, title=title)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+        figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

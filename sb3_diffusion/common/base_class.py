@@ -1,0 +1,570 @@
+"""The common base of all algorithms: offline, online and fine-tuning runs, files, randomness."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import (
+    DictReplayBufferSamples,
+    GymEnv,
+    MaybeCallback,
+    ReplayBufferSamples,
+    Schedule,
+    TrainFreq,
+)
+from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_diffusion.buffers import EpisodeReplayBuffer, concat_samples
+from sb3_diffusion.common.policies import DiffusionPolicy
+from sb3_diffusion.common.savable import SavableAlgorithm
+from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.common.vec_normalize import fit_vec_normalize, is_unused
+from sb3_diffusion.datasets import OfflineDataset, SpacesEnv, find_dataset, load_dataset, make_dataset_env
+
+SelfOfflineAlgorithm = TypeVar("SelfOfflineAlgorithm", bound="OfflineAlgorithm")
+
+OFFLINE_STEPS_PER_LOG_UNIT = 1_000
+"""Gradient steps that one unit of ``log_interval`` stands for while learning offline."""
+
+REWARD_TRANSFORMS: dict[str, tuple[float, float]] = {
+    "iql_antmaze": (1.0, -1.0),
+    "cql_antmaze": (4.0, -2.0),
+    "antmaze": (2.0, -0.5),
+}
+"""Fixed reward transforms of the offline literature as (scale, shift); two more follow from the data."""
+
+
+class TimestepProgressBar(ProgressBarCallback):
+    """SB3's progress bar, counting timesteps of either phase, whatever the number of environments."""
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self._shown = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        self.pbar.update(self.num_timesteps - self._shown)
+        self._shown = self.num_timesteps
+        return True
+
+
+class OfflineAlgorithm(SavableAlgorithm):
+    r"""
+    Base of all algorithms of this package: SB3's off-policy algorithm that also learns from logged data.
+
+    Three ways to learn, in any order, on the same object:
+
+    * offline (``offline=True``, the default with a dataset): one timestep is one gradient step on the dataset; the
+      environment is neither stepped nor reset;
+    * online (``offline=False``, the default without a dataset): one timestep is one environment step, as in SB3;
+    * fine-tuning (``offline=False`` with a dataset): as online, and ``offline_fraction`` of each batch comes from the
+      dataset. ``learning_starts`` counts steps since that phase began; a model that has been trained acts with its
+      policy meanwhile, and batches come from the dataset until the replay buffer holds one.
+
+    Updates draw from the model's ``generator``, acting from ``acting_generator``; both are in the saved file.
+
+    :param policy: policy class or alias
+    :param env: Gymnasium env, VecEnv, id or None; with None it comes from the dataset
+    :param learning_rate: float or function of the remaining progress, from 1 to 0
+    :param buffer_size: capacity of the replay buffer of online transitions
+    :param learning_starts: env steps before the first online update
+    :param batch_size: transitions per update
+    :param tau: Polyak coefficient of target networks
+    :param gamma: discount
+    :param train_freq: how many env steps (or episodes) between updates online
+    :param gradient_steps: updates after each rollout online; -1 for as many as env steps
+    :param action_noise: noise added to the actions when exploring
+    :param replay_buffer_class: class of the replay buffer of online transitions
+    :param replay_buffer_kwargs: its further arguments
+    :param optimize_memory_usage: do not store next observations
+    :param n_steps: length of the n-step returns
+    :param dataset: logged data, see [load_dataset][sb3_diffusion.load_dataset]; without it an env with ``get_dataset()``
+        brings its own
+    :param offline_fraction: share of each batch that comes from the dataset while fine-tuning, in [0, 1]
+    :param n_pretrain_steps: gradient steps of the pretraining phase; they count as offline timesteps
+    :param reward_transform: None, ``"normalize"``, ``"iql_locomotion"``, ``"iql_antmaze"``, ``"cql_antmaze"`` or
+        ``"antmaze"``; fitted to the dataset where it needs statistics and applied to all rewards that are learned from
+    :param policy_kwargs: arguments of the policy
+    :param stats_window_size: number of episodes that logged returns are averaged over
+    :param tensorboard_log: folder of the TensorBoard log
+    :param verbose: 0 silent, 1 information, 2 debug
+    :param seed: seed of all random generators; None for a random one
+    :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+    """
+
+    policy: DiffusionPolicy  # type: ignore[assignment]
+    default_total_timesteps: int = 1_000_000
+    """Length of a run that ``learn()`` is not told; a preset brings the published one."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Published settings by task, see [from_preset][sb3_diffusion.common.base_class.OfflineAlgorithm.from_preset]."""
+
+    def __init__(
+        self,
+        policy: str | type[DiffusionPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        *,
+        dataset: Any = None,
+        offline_fraction: float = 0.5,
+        n_pretrain_steps: int = 0,
+        reward_transform: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+    ) -> None:
+        check_range("batch_size", batch_size, 1)
+        check_range("buffer_size", buffer_size, 1)
+        check_range("n_steps", n_steps, 1)
+        check_range("gamma", gamma, 0.0, 1.0)
+        check_range("tau", tau, 0.0, 1.0)
+        check_range("offline_fraction", offline_fraction, 0.0, 1.0)
+        check_range("n_pretrain_steps", n_pretrain_steps, 0)
+        check_choice("reward_transform", reward_transform, (None, "normalize", "iql_locomotion", *REWARD_TRANSFORMS))
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            data = self._load_dataset(dataset, env) if dataset is not None else find_dataset(env)
+        else:
+            data = load_dataset(dataset) if dataset is not None else None
+            env = make_dataset_env(data) if data is not None else None
+        super().__init__(
+            policy=policy,
+            env=env,
+            learning_rate=learning_rate,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            tau=tau,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+        )
+        self.offline_fraction = offline_fraction
+        self.n_pretrain_steps = n_pretrain_steps
+        self.reward_transform = reward_transform
+        self.reward_scale, self.reward_shift = REWARD_TRANSFORMS.get(reward_transform or "", (1.0, 0.0))
+        self.dataset: OfflineDataset | None = data
+        self.dataset_buffer: EpisodeReplayBuffer | None = None
+        self._offline = data is not None  # where batches come from
+        self._online_start = 0  # num_timesteps at which the running online phase began
+        self._n_pretrain_updates = 0
+        self._pretrain_timesteps = 0  # how many of num_timesteps were pretraining
+        self._loss_sums: dict[str, tuple[th.Tensor, int]] = {}
+
+    # ---------------------------------------------------------------- construction
+
+    @classmethod
+    def from_preset(
+        cls: type[SelfOfflineAlgorithm],
+        name: str,
+        env: GymEnv | str | None = None,
+        policy: str | type[DiffusionPolicy] = "MlpPolicy",
+        **kwargs: Any,
+    ) -> SelfOfflineAlgorithm:
+        """
+        Build a model with the published settings of a task.
+
+        :param name: a key of ``presets``, such as ``"hopper-medium"``; a version suffix (``-v2``) is ignored
+        :param env: as in the constructor
+        :param policy: as in the constructor
+        :param kwargs: further constructor arguments; they win over the preset's
+        :return: the model
+        :raises ValueError: if there is no such preset
+        """
+        stem, _, version = name.rpartition("-v")
+        key = stem if version.isdigit() else name
+        if key not in cls.presets:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; there are: {', '.join(sorted(cls.presets))}.")
+        settings = {**cls.presets[key], **kwargs}
+        total_timesteps = settings.pop("default_total_timesteps", cls.default_total_timesteps)
+        model = cls(policy, env, **settings)
+        model.default_total_timesteps = total_timesteps
+        return model
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self.generator = th.Generator(device=self.device)
+        self.acting_generator = th.Generator()
+        self.set_random_seed(self.seed)
+        if self.replay_buffer is None:
+            self.replay_buffer = self._make_replay_buffer()
+        self.policy = self.policy_class(
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            **{**self._policy_arguments(), **self.policy_kwargs},
+        ).to(self.device)
+        self.policy.set_generator(self.acting_generator)
+        self._convert_train_freq()
+        self._create_aliases()
+        if self.dataset is not None:
+            self.set_dataset(self.dataset)
+
+    def _policy_arguments(self) -> dict[str, Any]:
+        """:return: arguments of the policy that are arguments of the algorithm; ``policy_kwargs`` win over them"""
+        return {}
+
+    def _create_aliases(self) -> None:
+        """Short names of the policy's networks on the algorithm."""
+
+    def _make_replay_buffer(self) -> ReplayBuffer:
+        if self.n_steps > 1 and self.reward_shift != 0.0:
+            raise ValueError(f"`n_steps` must be 1 with a reward transform that shifts rewards: got {self.n_steps}.")
+        buffer_class = self.replay_buffer_class = self.replay_buffer_class or EpisodeReplayBuffer
+        kwargs = dict(self.replay_buffer_kwargs)
+        if issubclass(buffer_class, EpisodeReplayBuffer):
+            kwargs = dict(n_steps=self.n_steps, gamma=self.gamma, generator=self.generator, **kwargs)
+        elif self.n_steps > 1 and "n_steps" not in kwargs:
+            raise ValueError(
+                f"`n_steps={self.n_steps}` is for the default replay buffer; give {buffer_class.__name__} its own through "
+                "`replay_buffer_kwargs`."
+            )
+        if issubclass(buffer_class, HerReplayBuffer):
+            if self.env is None:
+                raise ValueError("HerReplayBuffer computes rewards with the environment: pass `env`.")
+            kwargs["env"] = self.env
+        return buffer_class(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            optimize_memory_usage=self.optimize_memory_usage,
+            **kwargs,
+        )
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed Python, NumPy, torch, the spaces, the environment and the model's own generators.
+
+        :param seed: None leaves all but the model's own generators as they are; these are then seeded from torch's
+        """
+        super().set_random_seed(seed)
+        own_seed = int(th.randint(2**62, (1,)).item()) if seed is None else seed
+        self.generator.manual_seed(own_seed)
+        self.acting_generator.manual_seed(own_seed + 1)
+
+    # ---------------------------------------------------------------- data
+
+    @staticmethod
+    def _load_dataset(source: Any, env: gym.Env | VecEnv) -> OfflineDataset:
+        """Read ``source``; what bare arrays do not tell of their spaces is taken from the environment."""
+        known: dict[str, Any] = {}
+        if isinstance(source, Mapping):
+            known["action_space"] = env.action_space
+            arrays, space = source.get("observations"), env.observation_space
+            if isinstance(space, spaces.Dict) or np.shape(arrays)[1:] == space.shape:
+                known["observation_space"] = space
+        return load_dataset(source, **known)
+
+    def set_dataset(self, dataset: Any) -> None:
+        """
+        Attach logged data, in place of any attached before.
+
+        Frozen normalisation statistics of a policy without updates, and those of a ``VecNormalize`` that has seen no
+        step, are fitted to the data.
+
+        :param dataset: any source of [load_dataset][sb3_diffusion.load_dataset]; None detaches
+        :raises ValueError: if its spaces do not match the model's
+        """
+        if dataset is None:
+            self.dataset = self.dataset_buffer = None
+            self._offline = False
+            return
+        data = self._load_dataset(dataset, self)  # type: ignore[arg-type]
+        data.check_spaces(self.observation_space, self.action_space)
+        self.dataset_buffer = EpisodeReplayBuffer.from_dataset(
+            data,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_steps=self.n_steps,
+            gamma=self.gamma,
+            generator=self.generator,
+        )
+        self.dataset = data
+        self._offline = True
+        self._fit_reward_transform(data)
+        if self._n_updates == 0:
+            self.policy.fit_normalizer(data.observations)
+        if self._vec_normalize_env is not None and is_unused(self._vec_normalize_env):
+            fit_vec_normalize(self._vec_normalize_env, data)
+
+    def _fit_reward_transform(self, data: OfflineDataset) -> None:
+        if self.reward_transform == "normalize":
+            std = float(data.rewards.std())
+            self.reward_scale = 1.0 / std if std > 0.0 else 1.0
+            self.reward_shift = -float(data.rewards.mean()) * self.reward_scale
+        elif self.reward_transform == "iql_locomotion":
+            spread = float(np.ptp(data.episode_returns))
+            self.reward_scale = 1000.0 / spread if spread > 0.0 else 1.0
+
+    def sample_batch(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
+        """
+        Transitions to learn from: of the dataset, of the replay buffer, or of both, depending on the phase.
+
+        :param batch_size: number of transitions
+        :return: SB3's samples, rewards transformed
+        """
+        batch = self._draw_batch(batch_size)
+        if self.reward_scale != 1.0 or self.reward_shift != 0.0:
+            batch = batch._replace(rewards=batch.rewards * self.reward_scale + self.reward_shift)
+        return batch
+
+    def _draw_batch(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
+        env = self._vec_normalize_env
+        n_offline = 0
+        if self.dataset_buffer is not None:
+            from_dataset = self._offline or not self._buffer_holds(batch_size)
+            n_offline = batch_size if from_dataset else round(self.offline_fraction * batch_size)
+        assert self.replay_buffer is not None
+        if n_offline == 0:
+            return self.replay_buffer.sample(batch_size, env=env)
+        assert self.dataset_buffer is not None
+        batch = self.dataset_buffer.sample(n_offline, env=env)
+        if n_offline == batch_size:
+            return batch
+        return concat_samples(batch, self.replay_buffer.sample(batch_size - n_offline, env=env))
+
+    def _buffer_holds(self, batch_size: int) -> bool:
+        buffer = self.replay_buffer
+        assert buffer is not None
+        if isinstance(buffer, HerReplayBuffer) and not np.any(buffer.ep_length > 0):
+            return False
+        return buffer.size() * buffer.n_envs >= batch_size
+
+    # ---------------------------------------------------------------- learning
+
+    def learn(  # type: ignore[override]
+        self: SelfOfflineAlgorithm,
+        total_timesteps: int | None = None,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        offline: bool | None = None,
+    ) -> SelfOfflineAlgorithm:
+        """
+        Learn from the dataset, from the environment, or from both.
+
+        :param total_timesteps: gradient steps offline, env steps online, where it is a lower bound; None means
+            ``default_total_timesteps``, the length of the published runs
+        :param callback: SB3 callback(s), called after each timestep (offline) or each step of the envs (online)
+        :param log_interval: episodes between logs online; offline one unit stands for 1,000 gradient steps. None: no logs
+        :param tb_log_name: name of the TensorBoard run; None means the name of the class
+        :param reset_num_timesteps: count timesteps from 0; False goes on counting
+        :param progress_bar: show a progress bar
+        :param offline: learn from the dataset alone; None means exactly when one is attached
+        :return: the model
+        :raises ValueError: without data and environment
+        """
+        total_timesteps = self.default_total_timesteps if total_timesteps is None else total_timesteps
+        tb_log_name = type(self).__name__ if tb_log_name is None else tb_log_name
+        self._offline = self.dataset is not None if offline is None else offline
+        if self._offline and self.dataset is None:
+            raise ValueError("Learning offline needs data: pass `dataset` to the constructor or call `set_dataset()`.")
+        if not self._offline and self.env is None:
+            raise ValueError(
+                "There is nothing to learn from: neither a dataset nor an environment. Pass `dataset` to the constructor "
+                "or call `set_dataset()` to learn from logged data, `set_env()` to learn online."
+            )
+        if reset_num_timesteps:
+            self._pretrain_timesteps = 0
+        if self._offline:
+            self._learn_offline(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        else:
+            self._learn_online(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        self._record_losses()
+        return self
+
+    def _learn_offline(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback,
+        log_interval: int | None,
+        tb_log_name: str,
+        reset_num_timesteps: bool,
+        progress_bar: bool,
+    ) -> None:
+        total_timesteps, callback = self._setup_learn_offline(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        self._online_start = -1  # the next online phase is a new one
+        # What callbacks look for in the locals of a rollout; no environment is stepped, so that nothing ever ends
+        n_envs = self.n_envs
+        dones = np.zeros(n_envs, dtype=bool)
+        rewards = np.zeros(n_envs, dtype=np.float32)
+        infos: list[dict[str, Any]] = [{} for _ in range(n_envs)]
+        new_obs = self._placeholder_observations()
+        log_every = None if log_interval is None else log_interval * OFFLINE_STEPS_PER_LOG_UNIT
+
+        callback.on_training_start(locals(), globals())
+        callback.on_rollout_start()
+        while self.num_timesteps < total_timesteps:
+            self.train(gradient_steps=1, batch_size=self.batch_size)
+            self.num_timesteps += 1
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            callback.update_locals(locals())
+            if not callback.on_step():
+                break
+            if log_every is not None and self.num_timesteps % log_every == 0:
+                self.dump_logs()
+        else:
+            callback.on_rollout_end()
+        callback.on_training_end()
+
+    def _learn_online(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback,
+        log_interval: int | None,
+        tb_log_name: str,
+        reset_num_timesteps: bool,
+        progress_bar: bool,
+    ) -> None:
+        assert self.env is not None
+        if any(isinstance(env, SpacesEnv) for env in self._unwrapped_envs()):
+            raise ValueError(
+                "Learning online needs an environment to step, and the dataset names none: pass `env` to the constructor "
+                "or call `set_env()`."
+            )
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        if reset_num_timesteps or self._online_start < 0:
+            self._online_start = self.num_timesteps
+        assert isinstance(self.train_freq, TrainFreq)
+        callback.on_training_start(locals(), globals())
+        while self.num_timesteps < total_timesteps:
+            first_update = self._online_start + self.learning_starts
+            rollout = self.collect_rollouts(
+                self.env,
+                train_freq=self.train_freq,
+                action_noise=self.action_noise,
+                callback=callback,
+                learning_starts=first_update if self._n_updates == 0 else 0,
+                replay_buffer=self.replay_buffer,  # type: ignore[arg-type]
+                log_interval=log_interval,
+            )
+            if not rollout.continue_training:
+                break
+            n_updates = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
+            if n_updates > 0 and self.num_timesteps > first_update:
+                self.train(gradient_steps=n_updates, batch_size=self.batch_size)
+        callback.on_training_end()
+
+    def _setup_learn_offline(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback,
+        reset_num_timesteps: bool,
+        tb_log_name: str,
+        progress_bar: bool,
+    ) -> tuple[int, BaseCallback]:
+        """What ``_setup_learn`` does, without touching the environment."""
+        self.start_time = time.time_ns()
+        if self.ep_info_buffer is None or reset_num_timesteps:
+            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
+            self.ep_success_buffer = deque(maxlen=self._stats_window_size)
+        if reset_num_timesteps:
+            self.num_timesteps = 0
+            self._episode_num = 0
+        else:
+            total_timesteps += self.num_timesteps
+        self._total_timesteps = total_timesteps
+        self._num_timesteps_at_start = self.num_timesteps
+        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        if not self._custom_logger:
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps)
+        return total_timesteps, self._init_callback(callback, progress_bar)
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        converted = super()._init_callback(callback)
+        if not progress_bar:
+            return converted
+        with_bar = CallbackList([converted, TimestepProgressBar()])
+        with_bar.init_callback(self)
+        return with_bar
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        """Progress of the main phase: learning-rate schedules stand still during pretraining."""
+        to_come = self.n_pretrain_steps - self._n_pretrain_updates if self._offline else 0
+        pretraining = self._pretrain_timesteps + max(0, to_come)
+        main = max(1, total_timesteps - pretraining)
+        self._current_progress_remaining = min(1.0, 1.0 - (num_timesteps - pretraining) / main)
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether the next update belongs to the pretraining phase, which only happens offline."""
+        return self._offline and self._n_pretrain_updates < self.n_pretrain_steps
+
+    def _placeholder_observations(self) -> np.ndarray | dict[str, np.ndarray]:
+        space = self.observation_space
+        if isinstance(space, spaces.Dict):
+            return {k: np.zeros((self.n_envs, *(s.shape or ())), s.dtype) for k, s in space.spaces.items()}
+        return np.zeros((self.n_envs, *(space.shape or ())), space.dtype)
+
+    def _unwrapped_envs(self) -> list[gym.Env]:
+        """The innermost environments, where they live in this process."""
+        env: Any = self.env
+        while hasattr(env, "venv"):
+            env = env.venv
+        return [e.unwrapped for e in getattr(env, "envs", [])]
+
+    # ---------------------------------------------------------------- logging
+
+    def _add_loss(self, name: str, loss: th.Tensor) -> None:
+        """Add a detached scalar to the mean that the next log shows; nothing is read from the device before that."""
+        total, count = self._loss_sums.get(name, (None, 0))
+        self._loss_sums[name] = (loss if total is None else total + loss, count + 1)
+
+    def _record_losses(self) -> None:
+        for name, (total, count) in self._loss_sums.items():
+            self.logger.record(f"train/{name}", total.item() / count)
+        self._loss_sums.clear()
+
+    def dump_logs(self) -> None:
+        self._record_losses()
+        super().dump_logs()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "dataset", "dataset_buffer", "_loss_sums"]

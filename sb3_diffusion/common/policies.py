@@ -1,0 +1,336 @@
+"""Networks between spaces and tensors that several algorithms share: observation normaliser, denoiser of actions, critic."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim, is_image_space, preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+from sb3_diffusion.common.denoisers import EDMDenoiser
+from sb3_diffusion.common.serialization import PickleFreeModule
+from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
+from sb3_diffusion.common.utils import make_optimizer
+
+FLAT_KEY = "observation"
+"""Name under which a normaliser keeps the statistics of a space that is not a ``Dict``."""
+
+
+class ObservationNormalizer(nn.Module):
+    """
+    Shifts and scales vector observations to mean 0 and standard deviation 1 by frozen statistics.
+
+    Images and discrete observations pass unchanged. Dimensions that hardly vary in the data keep their scale.
+
+    :param observation_space: space of the observations, ``Dict`` included
+    """
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        super().__init__()
+        self.keys = [
+            key
+            for key, space in _subspaces(observation_space).items()
+            if isinstance(space, spaces.Box) and not is_image_space(space)
+        ]
+        for i, key in enumerate(self.keys):  # a key may hold characters that a buffer's name may not
+            shape = _subspaces(observation_space)[key].shape
+            self.register_buffer(f"mean_{i}", th.zeros(shape))
+            self.register_buffer(f"std_{i}", th.ones(shape))
+
+    def fit(self, observations: np.ndarray | dict[str, np.ndarray]) -> None:
+        """
+        Take the statistics from data.
+
+        :param observations: shape ``(n_steps, *obs_shape)``, or a dict of such arrays
+        """
+        arrays = observations if isinstance(observations, dict) else {FLAT_KEY: observations}
+        for i, key in enumerate(self.keys):
+            std = arrays[key].std(axis=0, dtype=np.float64)
+            scale = np.where(std > 1e-3, std, 1.0)
+            getattr(self, f"mean_{i}").copy_(th.as_tensor(arrays[key].mean(axis=0, dtype=np.float64)))
+            getattr(self, f"std_{i}").copy_(th.as_tensor(scale))
+
+    def forward(self, observations: PyTorchObs) -> PyTorchObs:
+        """
+        :param observations: tensor ``(batch_size, *obs_shape)`` or a dict of such tensors, preprocessed to floats
+        :return: the same with vectors normalised
+        """
+        if isinstance(observations, dict):
+            return {key: self._normalize(key, value) for key, value in observations.items()}
+        return self._normalize(FLAT_KEY, observations)
+
+    def _normalize(self, key: str, value: th.Tensor) -> th.Tensor:
+        if key not in self.keys:
+            return value
+        i = self.keys.index(key)
+        return (value - getattr(self, f"mean_{i}")) / getattr(self, f"std_{i}")
+
+
+def _subspaces(space: spaces.Space) -> dict[str, spaces.Space]:
+    return dict(space.spaces) if isinstance(space, spaces.Dict) else {FLAT_KEY: space}
+
+
+class Network(PickleFreeModule, BaseModel):
+    """
+    A network on observations: features extractor, optional frozen normalisation, pickle-free files.
+
+    :param observation_space: observation space
+    :param action_space: action space
+    :param features_extractor_class: class of the features extractor
+    :param features_extractor_kwargs: its arguments
+    :param features_extractor: an extractor to share; a new one is made if None
+    :param normalize_images: divide images by 255
+    :param normalize_observations: normalise vector observations by frozen statistics
+    """
+
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        features_extractor: BaseFeaturesExtractor | None = None,
+        normalize_images: bool = True,
+        normalize_observations: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+            **kwargs,
+        )
+        self.shares_features_extractor = features_extractor is not None
+        self.features_extractor = self.make_features_extractor() if features_extractor is None else features_extractor
+        self.action_dim = get_action_dim(action_space)
+        self.normalizer = ObservationNormalizer(observation_space) if normalize_observations else None
+
+    def features(self, observations: PyTorchObs) -> th.Tensor:
+        """
+        :param observations: batch of observations
+        :return: features, shape ``(batch_size, features_dim)``
+        """
+        preprocessed = preprocess_obs(observations, self.observation_space, normalize_images=self.normalize_images)
+        if self.normalizer is not None:
+            preprocessed = self.normalizer(preprocessed)
+        return self.features_extractor(preprocessed)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(
+            super()._get_constructor_parameters(),
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            normalize_observations=self.normalizer is not None,
+        )
+
+
+class Actor(Network, BasePolicy):
+    r"""
+    A network that turns an observation and a latent $z \sim N(0, I)$ into an action in [-1, 1].
+
+    ``deterministic=True`` takes $z = 0$. Otherwise latents come from ``generator``, or from torch's global one if None.
+    """
+
+    generator: th.Generator | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, squash_output=True, **kwargs)
+
+    def latents(self, batch_size: int, deterministic: bool = False) -> th.Tensor:
+        """
+        :param batch_size: number of rows
+        :param deterministic: zeros instead of draws
+        :return: shape ``(batch_size, action_dim)``
+        """
+        if deterministic:
+            return th.zeros(batch_size, self.action_dim, device=self.device)
+        return th.randn(batch_size, self.action_dim, generator=self.generator).to(self.device)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, self.latents(n_rows(observation), deterministic))
+
+
+class ActionDenoiser(Network):
+    r"""
+    Diffusion model of the actions in the data given the observation: an EDM denoiser $D(a + \sigma\epsilon, \sigma | s)$.
+
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: activation after each of them
+    :param time_embedding_dim: size of the embedding of the noise level
+    :param linear_first_layer: no activation after the first hidden layer
+    :param sigma_data: standard deviation of the actions, scaled to [-1, 1]
+    :param clip: largest absolute value of a denoised action; None for no bound
+    :param kwargs: arguments of [Network][sb3_diffusion.common.policies.Network]
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = Mish,
+        time_embedding_dim: int = 16,
+        linear_first_layer: bool = False,
+        sigma_data: float = 0.5,
+        clip: float | None = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._own_arguments = dict(
+            net_arch=net_arch,
+            activation_fn=activation_fn,
+            time_embedding_dim=time_embedding_dim,
+            linear_first_layer=linear_first_layer,
+            sigma_data=sigma_data,
+            clip=clip,
+        )
+        net = ConditionalMLP(
+            self.action_dim,
+            self.features_extractor.features_dim,
+            net_arch,
+            activation_fn,
+            time_embedding_dim,
+            linear_first_layer,
+        )
+        self.denoiser = EDMDenoiser(net, sigma_data, clip)
+
+    def forward(self, observations: PyTorchObs, noisy_actions: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+        """
+        :param observations: batch of observations
+        :param noisy_actions: shape ``(batch_size, action_dim)``
+        :param sigma: noise levels, shape ``(batch_size,)``
+        :return: denoised actions, shape ``(batch_size, action_dim)``
+        """
+        return self.denoiser(noisy_actions, sigma, self.features(observations))
+
+    def loss(self, observations: PyTorchObs, actions: th.Tensor, noise: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+        """
+        Weighted squared error of denoising ``actions``, see [Denoiser.loss][sb3_diffusion.common.denoisers.Denoiser.loss].
+
+        :param observations: batch of observations
+        :param actions: clean actions, shape ``(batch_size, action_dim)``
+        :param noise: standard normal, same shape
+        :param sigma: noise levels, shape ``(batch_size,)``
+        :return: shape ``(batch_size, action_dim)``
+        """
+        return self.denoiser.loss(actions, noise, sigma, self.features(observations))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(super()._get_constructor_parameters(), **self._own_arguments)
+
+
+class QCritic(Network):
+    """
+    ``n_critics`` action values, evaluated in one batched pass.
+
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: activation after each of them
+    :param n_critics: number of critics
+    :param layer_norm: layer normalisation before each activation
+    :param kwargs: arguments of [Network][sb3_diffusion.common.policies.Network]
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = Mish,
+        n_critics: int = 2,
+        layer_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if n_critics < 1:
+            raise ValueError(f"`n_critics` must be at least 1: got {n_critics}.")
+        self._own_arguments = dict(net_arch=net_arch, activation_fn=activation_fn, n_critics=n_critics, layer_norm=layer_norm)
+        self.n_critics = n_critics
+        in_features = self.features_extractor.features_dim + self.action_dim
+        self.q_net = ensemble_mlp(n_critics, in_features, net_arch, activation_fn, layer_norm)
+
+    def forward(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        :param observations: batch of observations
+        :param actions: shape ``(batch_size, action_dim)``, in [-1, 1]
+        :return: values, shape ``(n_critics, batch_size, 1)``
+        """
+        return self.q_values(self.features(observations), actions)
+
+    def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param features: shape ``(batch_size, features_dim)``
+        :param actions: shape ``(batch_size, action_dim)``, in [-1, 1]
+        :return: values, shape ``(n_critics, batch_size, 1)``
+        """
+        return self.q_net(th.cat([features, actions], dim=-1))
+
+    def features(self, observations: PyTorchObs) -> th.Tensor:
+        # A shared extractor is learned with the actor, as in SB3's ContinuousCritic
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.shares_features_extractor):
+            return super().features(observations)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(super()._get_constructor_parameters(), **self._own_arguments)
+
+
+class DiffusionPolicy(PickleFreeModule, BasePolicy):
+    """
+    What the policies of all algorithms share: files without pickle, optimisers, frozen statistics, training mode.
+
+    Sub-networks are attributes; those named in ``target_names`` always stay in evaluation mode.
+    """
+
+    target_names: tuple[str, ...] = ()
+    actor: Actor
+
+    def networks(self) -> Iterable[tuple[str, nn.Module]]:
+        """:return: names and modules of the sub-networks"""
+        return self.named_children()
+
+    def fit_normalizer(self, observations: np.ndarray | dict[str, np.ndarray]) -> None:
+        """
+        Take the frozen statistics from data, in every network that normalises observations.
+
+        :param observations: shape ``(n_steps, *obs_shape)``, or a dict of such arrays
+        """
+        for module in self.modules():
+            if isinstance(module, ObservationNormalizer):
+                module.fit(observations)
+
+    def set_generator(self, generator: th.Generator | None) -> None:
+        """
+        :param generator: source of the draws when acting; None for torch's global generator
+        """
+        self.actor.generator = generator
+
+    def make_optimizer(self, module: nn.Module, learning_rate: float) -> th.optim.Optimizer:
+        """
+        :param module: network to train
+        :param learning_rate: initial learning rate
+        :return: optimiser of ``optimizer_class`` over its parameters
+        """
+        return make_optimizer(self.optimizer_class, module.parameters(), learning_rate, self.optimizer_kwargs)
+
+    def set_training_mode(self, mode: bool) -> None:
+        for name, module in self.networks():
+            module.train(mode and name not in self.target_names)
+        self.training = mode
+
+    def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(observation, deterministic)
+
+
+def n_rows(observations: PyTorchObs) -> int:
+    """
+    :param observations: batch of observations
+    :return: number of rows
+    """
+    tensor = next(iter(observations.values())) if isinstance(observations, dict) else observations
+    return tensor.shape[0]

@@ -1,0 +1,192 @@
+"""Files of algorithms: models and replay buffers without pickle, loaded without touching the process."""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_diffusion.buffers import EpisodeReplayBuffer
+from sb3_diffusion.common.model_file import read_model, read_parameters, write_model
+from sb3_diffusion.common.serialization import PathOrFile, load_replay_buffer, save_replay_buffer
+from sb3_diffusion.common.vec_normalize import vec_normalize_state, wrap_vec_normalize
+
+SelfSavableAlgorithm = TypeVar("SelfSavableAlgorithm", bound="SavableAlgorithm")
+
+
+class SavableAlgorithm(OffPolicyAlgorithm):
+    """
+    SB3's off-policy algorithm with files of JSON and safetensors in the place of pickle.
+
+    A model's file holds its configuration, networks, optimisers, its own random generators and the statistics of
+    ``VecNormalize``; what is loaded goes on exactly where it was saved.
+    """
+
+    generator: th.Generator  # of the updates
+    acting_generator: th.Generator  # of the actions
+    _saved_vec_normalize: dict[str, Any] | None = None  # of a file loaded without an environment
+
+    def generators(self) -> dict[str, th.Generator]:
+        """:return: the model's own random generators by name"""
+        return dict(generator=self.generator, acting_generator=self.acting_generator)
+
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """
+        Give the model another environment with the same spaces and number of copies.
+
+        Statistics of ``VecNormalize`` in the file that the model came from are put around an environment without any.
+
+        :param env: Gymnasium env, VecEnv or id
+        :param force_reset: reset it before the next rollout
+        """
+        wrapped = self._wrap_env(maybe_make_env(env, self.verbose), self.verbose)
+        if self._saved_vec_normalize is not None:
+            wrapped = wrap_vec_normalize(wrapped, self._saved_vec_normalize)
+            self._saved_vec_normalize = None
+        super().set_env(wrapped, force_reset)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "generator",
+            "acting_generator",
+            "lr_schedule",  # made from learning_rate
+            "_saved_vec_normalize",
+        ]
+
+    def save(self, path: PathOrFile, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:  # type: ignore[override]
+        """
+        Save the model to one zip of JSON and safetensors, without pickle. Writing is atomic.
+
+        Datasets and replay buffers are not part of it, statistics of ``VecNormalize`` are. What cannot be written, a lambda
+        for instance, is recorded by name with one warning, and ``load`` asks for it through ``custom_objects``.
+
+        :param path: path, ``.zip`` is added to one without suffix, or a binary file object
+        :param exclude: names of further attributes to leave out
+        :param include: names of attributes that are left out by default and shall be saved
+        """
+        excluded = (set(self._excluded_save_params()) | set(exclude or ())) - set(include or ())
+        state = self._saved_vec_normalize
+        if self._vec_normalize_env is not None:
+            state = vec_normalize_state(self._vec_normalize_env)
+        write_model(self, path, excluded, state)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfSavableAlgorithm],
+        path: PathOrFile,
+        env: GymEnv | str | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        *,
+        dataset: Any = None,
+        **kwargs: Any,
+    ) -> SelfSavableAlgorithm:
+        """
+        Load a model. Nothing in the file is executed, and the random generators of the process are left alone.
+
+        :param path: path, with or without ``.zip``, or a binary file object
+        :param env: environment to go on with: Gymnasium env, VecEnv or id; None takes that of ``dataset``, if given
+        :param device: device of the networks
+        :param custom_objects: replacements of attributes by name, and what the file holds by name only
+        :param print_system_info: print the versions of the libraries now and then
+        :param force_reset: reset the environment before the next rollout
+        :param dataset: logged data to attach, see [load_dataset][sb3_diffusion.load_dataset]
+        :param kwargs: attributes to change
+        :return: the model
+        :raises FileFormatError: if the file is damaged, foreign, of a newer schema or of another class
+        :raises ValueError: if spaces or ``policy_kwargs`` differ from the saved ones
+        """
+        file = read_model(cls, path, custom_objects, print_system_info)
+        data = file.data
+        saved_policy_kwargs = data.get("policy_kwargs", {})
+        if kwargs.get("policy_kwargs", saved_policy_kwargs) != saved_policy_kwargs:
+            raise ValueError(
+                f"`policy_kwargs` must equal the saved ones, {saved_policy_kwargs}: got {kwargs['policy_kwargs']}. "
+                "Leave them out, or build a new model and take the parameters over by `set_parameters`."
+            )
+        if env is not None:
+            env = cls._wrap_env(maybe_make_env(env, data["verbose"]), data["verbose"])
+            check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+            if file.vec_normalize is not None:
+                env = wrap_vec_normalize(env, file.vec_normalize)
+        with th.random.fork_rng():
+            model = cls(data["policy_class"], env, device=device, dataset=dataset, _init_setup_model=False)  # type: ignore[call-arg]
+            if model.env is not None:
+                check_for_correct_spaces(model.env, data["observation_space"], data["action_space"])
+                data["n_envs"] = model.env.num_envs
+                if force_reset:
+                    data["_last_obs"] = None
+            elif file.vec_normalize is not None:
+                model._saved_vec_normalize = file.vec_normalize
+            vars(model).update(data)
+            vars(model).update(kwargs)
+            model._setup_model()
+        model.set_parameters(file.parameters, exact_match=True, device=device)
+        for name, generator in model.generators().items():
+            state = file.generators.get(name)
+            if state is not None and state.numel() == generator.get_state().numel():  # of the same kind of device
+                generator.set_state(state)
+        return model
+
+    def set_parameters(  # type: ignore[override]
+        self,
+        load_path_or_dict: PathOrFile | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Take over parameters of networks and optimisers.
+
+        :param load_path_or_dict: a model's file, or a dict as ``get_parameters()`` returns it
+        :param exact_match: require every network and each of its tensors
+        :param device: not needed, tensors go where the networks are
+        """
+        parameters = load_path_or_dict if isinstance(load_path_or_dict, dict) else read_parameters(load_path_or_dict)
+        super().set_parameters(parameters, exact_match, device)
+
+    def save_replay_buffer(self, path: PathOrFile) -> None:  # type: ignore[override]
+        """
+        Save the replay buffer of online transitions to one zip of JSON and safetensors, atomically and without pickle.
+
+        :param path: exactly this path, whatever its suffix, or a binary file object
+        """
+        assert self.replay_buffer is not None
+        save_replay_buffer(self.replay_buffer, path)
+
+    def load_replay_buffer(self, path: PathOrFile, truncate_last_traj: bool = True) -> None:  # type: ignore[override]
+        """
+        Load a replay buffer of online transitions, in place of the model's.
+
+        :param path: path or binary file object, as given to ``save_replay_buffer``
+        :param truncate_last_traj: take the last trajectory as ended (``HerReplayBuffer`` only)
+        :raises ValueError: if it was filled from other spaces or another number of environments
+        """
+        custom = {"replay_buffer_class": self.replay_buffer_class} if self.replay_buffer_class is not None else None
+        buffer = load_replay_buffer(path, device=self.device, custom_objects=custom)
+        if (buffer.observation_space, buffer.action_space) != (self.observation_space, self.action_space):
+            raise ValueError(
+                f"The replay buffer must hold {self.observation_space} and {self.action_space}, as the model: it holds "
+                f"{buffer.observation_space} and {buffer.action_space}."
+            )
+        if buffer.n_envs != self.n_envs:
+            raise ValueError(
+                f"The replay buffer must come from {self.n_envs} environment(s), as the model: got {buffer.n_envs}."
+            )
+        if isinstance(buffer, EpisodeReplayBuffer):
+            buffer.generator = self.generator
+        if isinstance(buffer, HerReplayBuffer):
+            if self.env is None:
+                raise ValueError(
+                    "HerReplayBuffer computes rewards with the environment: pass `env` to load(), or call set_env()."
+                )
+            buffer.set_env(self.env)
+            if truncate_last_traj:
+                buffer.truncate_last_trajectory()
+        self.replay_buffer = buffer

@@ -1,0 +1,102 @@
+"""What several algorithms share and SB3 lacks."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from sb3_diffusion.common.allowlist import register_value_class
+
+
+def minimize(optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float | None = None) -> th.Tensor:
+    """
+    One optimiser step on ``loss``. Gradients are computed for the parameters of ``optimizer`` alone: networks that the
+    loss merely passes through are neither changed nor charged for.
+
+    :param optimizer: optimiser of the parameters to change
+    :param loss: scalar tensor
+    :param max_grad_norm: largest norm of the gradient; None for no bound
+    :return: the loss, detached
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=parameters)
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+@register_value_class
+class CosineSchedule:
+    r"""
+    Learning rate $\frac{1}{2} r_0 (1 + \cos(\pi (1 - p)))$ at remaining progress $p$: from ``initial`` down to 0.
+
+    :param initial: $r_0$
+    """
+
+    def __init__(self, initial: float) -> None:
+        self.initial = initial
+
+    def __call__(self, progress_remaining: float) -> float:
+        return 0.5 * self.initial * (1.0 + math.cos(math.pi * (1.0 - progress_remaining)))
+
+    def __repr__(self) -> str:
+        return f"CosineSchedule(initial={self.initial})"
+
+
+def expectile_loss(error: th.Tensor, expectile: float) -> th.Tensor:
+    r"""
+    $|\tau - 1(u < 0)| u^2$ of each entry (arXiv 2110.06169, eq. 5).
+
+    :param error: $u$, the target minus the estimate
+    :param expectile: $\tau$ in (0, 1); 0.5 is half the squared error
+    :return: losses, same shape as ``error``
+    """
+    return th.where(error < 0.0, 1.0 - expectile, expectile) * error.square()
+
+
+def make_optimizer(
+    optimizer_class: type[th.optim.Optimizer],
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    optimizer_kwargs: dict[str, Any] | None = None,
+) -> th.optim.Optimizer:
+    """
+    Build an optimiser; Adam and AdamW take their fused form, one pass over all parameters, unless told otherwise.
+
+    :param optimizer_class: class of the optimiser
+    :param parameters: what it changes
+    :param learning_rate: initial learning rate
+    :param optimizer_kwargs: further arguments of ``optimizer_class``
+    :return: the optimiser
+    """
+    kwargs: dict[str, Any] = dict(optimizer_kwargs or {})
+    if optimizer_class in (th.optim.Adam, th.optim.AdamW) and not {"fused", "foreach", "differentiable"} & kwargs.keys():
+        kwargs["fused"] = True
+    return optimizer_class(parameters, lr=learning_rate, **kwargs)  # type: ignore[call-arg]
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """
+    :param name: name of an argument
+    :param value: its value
+    :param low: smallest value allowed
+    :param high: largest value allowed
+    :raises ValueError: if the value lies outside
+    """
+    if not low <= value <= high:
+        raise ValueError(f"`{name}` must lie in [{low}, {high}]: got {value}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """
+    :param name: name of an argument
+    :param value: its value
+    :param choices: values allowed
+    :raises ValueError: if the value is another
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}: got {value!r}.")

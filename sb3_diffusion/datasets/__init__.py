@@ -1,0 +1,35 @@
+"""Logged data: where it comes from, and the one flat form in which the algorithms see it. Imports no torch."""
+
+from sb3_diffusion.datasets.d4rl_hdf5 import from_flat_arrays, load_d4rl
+from sb3_diffusion.datasets.environments import (
+    DatasetEnv,
+    FlattenNestedDictObservation,
+    SpacesEnv,
+    find_dataset,
+    make_dataset_env,
+    make_env,
+)
+from sb3_diffusion.datasets.loading import load_dataset
+from sb3_diffusion.datasets.minari_dataset import load_minari
+from sb3_diffusion.datasets.offline_dataset import Episode, OfflineDataset
+from sb3_diffusion.datasets.replay_buffer import from_replay_buffer
+from sb3_diffusion.datasets.scripted import DEFAULT_DATASET_ID, EMBEDDED_DATASETS, embedded_dataset
+
+__all__ = [
+    "DEFAULT_DATASET_ID",
+    "EMBEDDED_DATASETS",
+    "DatasetEnv",
+    "Episode",
+    "FlattenNestedDictObservation",
+    "OfflineDataset",
+    "SpacesEnv",
+    "embedded_dataset",
+    "find_dataset",
+    "from_flat_arrays",
+    "from_replay_buffer",
+    "load_d4rl",
+    "load_dataset",
+    "load_minari",
+    "make_dataset_env",
+    "make_env",
+]

@@ -1,0 +1,375 @@
+"""D4RL's flat layout, from an HDF5 file or a dict of arrays: one long table of steps, cut into episodes by its flags."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+
+from sb3_diffusion.datasets.offline_dataset import (
+    Observations,
+    OfflineDataset,
+    flatten_observation_space,
+    flatten_observations,
+)
+from sb3_diffusion.datasets.reference_scores import D4RL_LABEL, d4rl_env_id, d4rl_horizon, d4rl_scores
+
+_REQUIRED = ("observations", "actions", "rewards", "terminals")
+# Suffixes by which a string is taken for a file.
+HDF5_SUFFIXES = (".hdf5", ".h5")
+
+
+def d4rl_folder() -> Path:
+    """Folder of D4RL's files: ``D4RL_DATASET_DIR``, or ``~/.d4rl/datasets``."""
+    folder = os.environ.get("D4RL_DATASET_DIR")
+    return Path(folder) if folder else Path.home() / ".d4rl" / "datasets"
+
+
+def find_d4rl_file(name: str) -> Path | None:
+    """
+    Find the file of a D4RL task; ``hopper-medium-v2`` may be stored as ``hopper_medium-v2.hdf5``.
+
+    :param name: of the task, with or without the suffix ``.hdf5``
+    :return: None if there is no such file in ``d4rl_folder()``
+    """
+    folder = d4rl_folder()
+    if not folder.is_dir():
+        return None
+    wanted = name.removesuffix(".hdf5").replace("_", "-").lower()
+    files = {path.stem.replace("_", "-").lower(): path for path in sorted(folder.glob("*.hdf5"))}
+    # maze2d-umaze-v1 is stored as maze2d-umaze-sparse-v1.hdf5
+    stem, _, version = wanted.rpartition("-")
+    return files.get(wanted) or files.get(f"{stem}-sparse-{version}")
+
+
+def load_d4rl(
+    path: str | os.PathLike[str],
+    *,
+    env_spec: EnvSpec | None = None,
+    observation_space: spaces.Space | None = None,
+    action_space: spaces.Space | None = None,
+    clip_actions: bool = False,
+) -> OfflineDataset:
+    """
+    Read a file in D4RL's layout (see ``from_flat_arrays`` for its fields and how episodes are cut).
+
+    The name of the file gives the reference scores, the time limit for data without ``timeouts``, and for hopper,
+    halfcheetah and walker2d the Gymnasium environment. D4RL's own package is not needed.
+
+    :param path: an ``.hdf5`` file, or the name of a task whose file lies in ``D4RL_DATASET_DIR`` (``~/.d4rl/datasets``)
+    :param env_spec: environment of the data, if the name of the file does not tell
+    :param observation_space: unbounded Box by default
+    :param action_space: Box from -1 to 1 by default
+    :param clip_actions: clip actions outside of the action space instead of refusing them
+    :return: the flat dataset
+    :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if it is not in D4RL's layout, or its data is bad
+    :raises ImportError: without h5py
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError('HDF5 files need the package h5py: pip install "sb3-diffusion[minari]"') from error
+
+    file_path = Path(path)
+    if not file_path.is_file():
+        found = find_d4rl_file(file_path.name) if file_path.parent == Path(".") else None
+        if found is None:
+            raise FileNotFoundError(
+                f"No file {str(path)!r}, and no D4RL file of that name in {d4rl_folder()}. Give the path of an .hdf5 file, or "
+                "set D4RL_DATASET_DIR to the folder that holds files such as hopper_medium-v2.hdf5."
+            )
+        file_path = found
+    name = file_path.stem
+    try:
+        file = h5py.File(file_path, "r")
+    except OSError as error:
+        raise ValueError(f"{file_path} is not a readable HDF5 file ({error}): download it again.") from error
+    with file:
+        if "episode_0" in file:
+            raise ValueError(
+                f"{file_path} holds Minari episodes, not D4RL's flat arrays: load it by its Minari id (the folders under "
+                "MINARI_DATASETS_PATH, such as namespace/name-v0)."
+            )
+        missing = [key for key in _REQUIRED if key not in file]
+        if missing:
+            raise ValueError(
+                f"{file_path} must hold {', '.join(_REQUIRED)}: {', '.join(missing)} missing, got {sorted(file)}."
+            )
+        observations = _read(file["observations"])
+        arrays: dict[str, Any] = {key: _read(file[key]) for key in _REQUIRED if key != "observations"}
+        for key in ("timeouts", "next_observations"):
+            arrays[key] = _read(file[key]) if key in file else None
+
+    scores = d4rl_scores(name)
+    if env_spec is None and isinstance(observations, np.ndarray) and arrays["actions"].ndim == 2:
+        env_id = d4rl_env_id(name, observations.shape[-1], arrays["actions"].shape[-1])
+        env_spec = None if env_id is None else gym.spec(env_id)
+    horizon = d4rl_horizon(name)
+    if horizon is None and env_spec is not None:
+        horizon = env_spec.max_episode_steps
+    return from_flat_arrays(
+        observations,
+        **arrays,
+        observation_space=observation_space,
+        action_space=action_space,
+        env_spec=env_spec,
+        horizon=horizon,
+        ref_min_score=None if scores is None else scores.ref_min_score,
+        ref_max_score=None if scores is None else scores.ref_max_score,
+        score_label=None if scores is None else D4RL_LABEL,
+        name=name,
+        clip_actions=clip_actions,
+    )
+
+
+def from_flat_arrays(
+    observations: Any,
+    actions: Any,
+    rewards: Any,
+    terminals: Any,
+    timeouts: Any = None,
+    next_observations: Any = None,
+    *,
+    observation_space: spaces.Space | None = None,
+    action_space: spaces.Space | None = None,
+    env_spec: EnvSpec | None = None,
+    horizon: int | None = None,
+    ref_min_score: float | None = None,
+    ref_max_score: float | None = None,
+    score_label: str | None = None,
+    name: str = "",
+    clip_actions: bool = False,
+) -> OfflineDataset:
+    """
+    Make episodes of D4RL's flat arrays.
+
+    Row i holds the observation, the action taken in it and the reward that came. An episode ends where ``terminals`` or
+    ``timeouts`` is set (where both are, it terminated). Without ``timeouts`` it also ends after ``horizon`` steps. Steps
+    after the last flag form an episode that counts as truncated. Without ``next_observations`` row i + 1 holds what row i
+    led to, so that the last row of a truncated episode has no successor: it is dropped and the one before it becomes the
+    end. The last row of a terminated episode stays, with its own observation for the next one, which nothing learns from.
+
+    :param observations: ``(N, *obs_shape)``, or a dict of such arrays
+    :param actions: ``(N, *action_shape)`` in env units
+    :param rewards: ``(N,)`` or ``(N, 1)``
+    :param terminals: ``(N,)`` or ``(N, 1)``, true where a terminal state was reached
+    :param timeouts: ``(N,)`` or ``(N, 1)``, true where an episode was cut, or None if that was not recorded
+    :param next_observations: like ``observations``, or None
+    :param observation_space: default: unbounded Box of the shape found (0 to 255 for uint8), or a Dict of these
+    :param action_space: default: Box from -1 to 1 if all actions lie inside
+    :param env_spec: environment of the data
+    :param horizon: time limit for data without ``timeouts``; default: that of ``env_spec``
+    :param ref_min_score: see [OfflineDataset][sb3_diffusion.OfflineDataset]
+    :param ref_max_score: see there
+    :param score_label: see there
+    :param name: see there
+    :param clip_actions: see there
+    :return: the flat dataset
+    :raises ValueError: on bad data, or if the action space cannot be told from the data
+    :raises TypeError: on discrete actions
+    """
+    observations, next_observations = flatten_observations(observations), _none_or(flatten_observations, next_observations)
+    actions, rewards, terminals = np.asarray(actions), _column(rewards), _column(terminals)
+    timeouts = _none_or(_column, timeouts)
+    n_rows = _check_rows(observations, next_observations, actions, rewards, terminals, timeouts)
+
+    if action_space is None:
+        action_space = _guess_action_space(actions)
+    if observation_space is None:
+        observation_space = _guess_observation_space(observations)
+    observation_space = flatten_observation_space(observation_space)
+
+    ends = _as_flags(terminals, "terminals", terminals)
+    if timeouts is not None:
+        cuts = _as_flags(timeouts, "timeouts", terminals) & ~ends
+    else:
+        horizon = horizon or (env_spec.max_episode_steps if env_spec is not None else None)
+        cuts = _cut_by_horizon(ends, horizon)
+    cuts[-1] |= not ends[-1]
+
+    if next_observations is None:
+        keep = ~cuts
+        keep_next = np.flatnonzero(keep) + 1
+        keep_next[ends[keep]] -= 1
+        # where the row after was dropped, the cut moves here
+        moved = np.zeros(n_rows, bool)
+        moved[:-1] = cuts[1:] & keep[:-1] & ~ends[:-1]
+        if not keep.any():
+            raise ValueError(
+                "No step has a successor: without `next_observations` an episode of T rows that does not terminate gives "
+                "T - 1 steps; got only episodes of one row."
+            )
+        next_observations = _rows(observations, keep_next)
+        rows = np.flatnonzero(keep)
+        if len(rows) < n_rows:
+            observations = _rows(observations, rows)
+        actions, rewards, ends, cuts = actions[rows], rewards[rows], ends[rows], moved[rows]
+    return OfflineDataset(
+        observations,
+        actions,
+        rewards,
+        next_observations,
+        ends,
+        cuts,
+        observation_space=observation_space,
+        action_space=action_space,
+        env_spec=env_spec,
+        ref_min_score=ref_min_score,
+        ref_max_score=ref_max_score,
+        score_label=score_label,
+        name=name,
+        clip_actions=clip_actions,
+    )
+
+
+def _read(node: Any) -> Any:
+    """
+    Read an HDF5 dataset; floats become float32 on the way in, without a second copy.
+
+    :param node: dataset, or group of datasets
+    :return: array, or nested dict of arrays
+    """
+    if not hasattr(node, "shape"):
+        return {key: _read(child) for key, child in node.items()}
+    if node.dtype.kind != "f" or node.dtype == np.float32 or not node.size:
+        return node[()]
+    array = np.empty(node.shape, np.float32)
+    node.read_direct(array)
+    return array
+
+
+def _as_flags(array: np.ndarray, field: str, terminals: np.ndarray) -> np.ndarray:
+    """
+    :param array: ``(N,)`` of booleans, or of 0 and 1 in another type
+    :param field: its name
+    :param terminals: ``(N,)``, for the message
+    :return: a copy as booleans
+    :raises ValueError: if another value is in it
+    """
+    if array.dtype != bool:
+        bad = np.flatnonzero(~np.isin(array, (0, 1)))
+        if len(bad):
+            ends = np.flatnonzero(terminals[: bad[0]] == 1)
+            step = int(bad[0] - (ends[-1] + 1 if len(ends) else 0))
+            raise ValueError(
+                f"`{field}` must hold 0 or 1 (or booleans): got {array[bad[0]]} at episode {len(ends)}, step {step}."
+            )
+    return array.astype(bool)
+
+
+def _cut_by_horizon(ends: np.ndarray, horizon: int | None) -> np.ndarray:
+    """
+    :param ends: ``(N,)`` true at terminal steps
+    :param horizon: time limit, or None
+    :return: ``(N,)`` true where an episode reaches the time limit without a terminal step
+    """
+    cuts = np.zeros(len(ends), bool)
+    if horizon is None:
+        return cuts
+    starts = np.concatenate([[0], np.flatnonzero(ends) + 1])
+    lengths = np.diff(np.append(starts, len(ends)))
+    steps = np.arange(len(ends)) - np.repeat(starts, lengths)
+    return ((steps + 1) % horizon == 0) & ~ends
+
+
+def _guess_action_space(actions: np.ndarray) -> spaces.Box:
+    """
+    :param actions: ``(N, action_dim)``
+    :return: Box from -1 to 1
+    :raises TypeError: if they are integers
+    :raises ValueError: if some lie outside
+    """
+    if actions.dtype.kind in "iub":
+        raise TypeError(
+            f"Actions must be continuous: got dtype {actions.dtype}, which looks like discrete actions. If they are real "
+            "vectors, convert them to float and give `action_space`."
+        )
+    finite = actions[np.isfinite(actions)] if actions.dtype.kind == "f" and not np.isfinite(actions.sum()) else actions
+    if finite.size and (finite.min() < -1.001 or finite.max() > 1.001):
+        raise ValueError(
+            f"The range of the actions is not known: got values from {finite.min()} to {finite.max()}, more than the usual "
+            "-1 to 1. Give `action_space`, for instance gymnasium.spaces.Box(low, high)."
+        )
+    return spaces.Box(-1.0, 1.0, actions.shape[1:] or (1,), np.float32)
+
+
+def _guess_observation_space(observations: Observations) -> spaces.Space:
+    """
+    :param observations: array or flat dict of arrays
+    :return: unbounded Box, or Box of bytes for uint8, or Dict of these
+    """
+    if isinstance(observations, dict):
+        return spaces.Dict({key: _guess_observation_space(array) for key, array in observations.items()})
+    shape = observations.shape[1:] or (1,)
+    if observations.dtype == np.uint8:
+        return spaces.Box(0, 255, shape, np.uint8)
+    return spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+
+def _check_rows(
+    observations: Observations,
+    next_observations: Observations | None,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    terminals: np.ndarray,
+    timeouts: np.ndarray | None,
+) -> int:
+    """
+    :param observations: array or flat dict of arrays
+    :param next_observations: like these, or None
+    :param actions: array
+    :param rewards: array
+    :param terminals: array
+    :param timeouts: array or None
+    :return: the number of rows that all of them have
+    """
+    fields: dict[str, Any] = {"observations": observations, "next_observations": next_observations, "actions": actions}
+    fields |= {"rewards": rewards, "terminals": terminals, "timeouts": timeouts}
+    lengths: dict[str, int] = {}
+    for field, value in fields.items():
+        for key, array in value.items() if isinstance(value, Mapping) else [("", value)]:
+            if array is not None:
+                lengths[f"{field}.{key}" if key else field] = len(array) if array.ndim else 0
+    if len(set(lengths.values())) != 1:
+        listed = ", ".join(f"{field} {length}" for field, length in lengths.items())
+        raise ValueError(f"All arrays must have one row per step: got lengths {listed}.")
+    n_rows = next(iter(lengths.values()))
+    if n_rows == 0:
+        raise ValueError("The dataset is empty: expected at least one step; got arrays of length 0.")
+    return n_rows
+
+
+def _column(array: Any) -> np.ndarray:
+    """
+    :param array: ``(N,)`` or ``(N, 1)``
+    :return: ``(N,)``
+    """
+    array = np.asarray(array)
+    return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+
+
+def _none_or(function: Any, value: Any) -> Any:
+    """
+    :param function: applied unless there is nothing to apply it to
+    :param value: its argument, or None
+    :return: its result, or None
+    """
+    return None if value is None else function(value)
+
+
+def _rows(observations: Observations, rows: np.ndarray) -> Observations:
+    """
+    :param observations: array or dict of arrays
+    :param rows: indices
+    :return: copies of these rows
+    """
+    if isinstance(observations, dict):
+        return {key: array[rows] for key, array in observations.items()}
+    return observations[rows]

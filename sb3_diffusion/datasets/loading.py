@@ -1,0 +1,222 @@
+"""One door for every source of logged data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+
+from sb3_diffusion.datasets.d4rl_hdf5 import HDF5_SUFFIXES, d4rl_folder, find_d4rl_file, from_flat_arrays, load_d4rl
+from sb3_diffusion.datasets.minari_dataset import load_minari, minari_root, open_minari
+from sb3_diffusion.datasets.offline_dataset import OfflineDataset, flatten_observation_space, space_mismatch
+from sb3_diffusion.datasets.replay_buffer import from_replay_buffer
+from sb3_diffusion.datasets.scripted import EMBEDDED_DATASETS, embedded_dataset
+
+_REQUIRED_KEYS = {"observations", "actions", "rewards", "terminals"}
+_OPTIONAL_KEYS = {"timeouts", "next_observations"}
+
+
+def load_dataset(
+    source: Any,
+    env_spec: EnvSpec | str | None = None,
+    observation_space: spaces.Space | None = None,
+    action_space: spaces.Space | None = None,
+    *,
+    clip_actions: bool = False,
+) -> OfflineDataset:
+    """
+    Load logged data into flat arrays with an episode index.
+
+    | source | example |
+    |---|---|
+    | id of a Minari dataset on this machine | `"mujoco/hopper/medium-v0"` |
+    | id of an embedded dataset, made on first use | `"sb3-diffusion/inverteddoublependulum/mixed-v0"` |
+    | `minari.MinariDataset`, filtered or combined too | `minari.load_dataset(...).filter_episodes(...)` |
+    | path to an HDF5 file in D4RL's layout | `"logs/arm.hdf5"` |
+    | name of a D4RL task, its file in `D4RL_DATASET_DIR` | `"hopper-medium-v2"` |
+    | dict of arrays `observations, actions, rewards, terminals` and, if known, `timeouts, next_observations` | |
+    | replay buffer of Stable-Baselines3 | `model.replay_buffer` |
+    | `OfflineDataset` | returned as it is |
+
+    :param source: one of the above
+    :param env_spec: environment of the data (a Gymnasium spec or id) where the source does not tell, or another one
+    :param observation_space: space of the observations where the source does not tell; checked against the data
+    :param action_space: space of the actions, a Box, where the source does not tell; checked against the data
+    :param clip_actions: clip actions outside of the action space instead of refusing them
+    :return: the flat dataset
+    :raises FileNotFoundError: if an id, name or file is not there; says where it was looked for and how to get it
+    :raises ValueError: on bad data, naming field, episode and step, or if given spaces do not fit
+    :raises TypeError: for another kind of source, discrete actions, or observations that are not supported
+    :raises ImportError: if minari or h5py is needed and missing; names the extra to install
+    """
+    spec = gym.spec(env_spec) if isinstance(env_spec, str) else env_spec
+    if isinstance(source, OfflineDataset):
+        return _overridden(source, spec, observation_space, action_space, clip_actions)
+    if isinstance(source, Mapping):
+        return _from_mapping(source, spec, observation_space, action_space, clip_actions)
+    if isinstance(source, str | PathLike):
+        file = _hdf5_file(source)
+        if file is not None:
+            return load_d4rl(
+                file,
+                env_spec=spec,
+                observation_space=observation_space,
+                action_space=action_space,
+                clip_actions=clip_actions,
+            )
+    if _is_replay_buffer(source):
+        dataset = from_replay_buffer(source)
+    elif (recorded := open_minari_source(source)) is not None:
+        dataset = load_minari(recorded, clip_actions=clip_actions)
+    else:
+        raise TypeError(
+            "The dataset must be a Minari id, the path of an .hdf5 file, the name of a D4RL task, a MinariDataset, an "
+            f"OfflineDataset, a dict of arrays or an SB3 ReplayBuffer: got {type(source).__name__}."
+        )
+    return _overridden(dataset, spec, observation_space, action_space, clip_actions)
+
+
+def open_minari_source(source: Any) -> Any:
+    """
+    Open a source that is a Minari dataset, without reading its episodes.
+
+    :param source: anything that ``load_dataset`` takes
+    :return: a ``MinariDataset`` (an embedded one is made if it is not there yet), or None for sources of another kind
+    :raises FileNotFoundError: for an id that is not on this machine
+    """
+    if not isinstance(source, str):
+        return source if hasattr(source, "iterate_episodes") and hasattr(source, "storage") else None
+    if source in EMBEDDED_DATASETS:
+        return embedded_dataset(source)
+    if _hdf5_file(source) is not None:
+        return None
+    if "/" not in source and not (minari_root() / source).is_dir():
+        raise FileNotFoundError(
+            f"No dataset {source!r}: no Minari dataset of that id in {minari_root()}, no D4RL file of that name in "
+            f"{d4rl_folder()} (set D4RL_DATASET_DIR), no such file. Minari datasets can be downloaded with "
+            f"`minari download {source}`, `minari list remote` shows the ids."
+        )
+    return open_minari(source)
+
+
+def _hdf5_file(source: str | PathLike[str]) -> Path | None:
+    """
+    :param source: what the user gave
+    :return: the file that it means, or None if it must be a Minari id
+    """
+    path = Path(source)
+    if path.suffix in HDF5_SUFFIXES or path.is_file():
+        return path
+    if isinstance(source, str) and "/" not in source and not (minari_root() / source).is_dir():
+        return find_d4rl_file(source)
+    if not isinstance(source, str):
+        raise FileNotFoundError(f"No file {path}: a path must lead to an .hdf5 file in D4RL's layout.")
+    return None
+
+
+def _is_replay_buffer(source: Any) -> bool:
+    """
+    :param source: what the user gave
+    :return: whether it is a replay buffer of SB3; who has one has imported its module
+    """
+    buffers = sys.modules.get("stable_baselines3.common.buffers")
+    return buffers is not None and isinstance(source, buffers.ReplayBuffer)
+
+
+def _from_mapping(
+    source: Mapping[str, Any],
+    env_spec: EnvSpec | None,
+    observation_space: spaces.Space | None,
+    action_space: spaces.Space | None,
+    clip_actions: bool,
+) -> OfflineDataset:
+    """
+    :param source: dict of arrays
+    :param env_spec: see ``load_dataset``
+    :param observation_space: see ``load_dataset``
+    :param action_space: see ``load_dataset``
+    :param clip_actions: see ``load_dataset``
+    :return: the flat dataset
+    """
+    missing = _REQUIRED_KEYS - set(source)
+    if missing:
+        raise ValueError(
+            f"A dict of arrays must have the keys {', '.join(sorted(_REQUIRED_KEYS))} and may have "
+            f"{', '.join(sorted(_OPTIONAL_KEYS))}: {', '.join(sorted(missing))} missing, got {sorted(map(str, source))}."
+        )
+    if env_spec is not None and (observation_space is None or action_space is None):
+        from sb3_diffusion.datasets.environments import make_from_spec
+
+        env = make_from_spec(env_spec)
+        observation_space = env.observation_space if observation_space is None else observation_space
+        action_space = env.action_space if action_space is None else action_space
+        env.close()
+    arrays = {key: source[key] for key in source if key in _REQUIRED_KEYS | _OPTIONAL_KEYS}
+    return from_flat_arrays(
+        **arrays,
+        env_spec=env_spec,
+        observation_space=observation_space,
+        action_space=action_space,
+        name="arrays",
+        clip_actions=clip_actions,
+    )
+
+
+def _overridden(
+    dataset: OfflineDataset,
+    env_spec: EnvSpec | None,
+    observation_space: spaces.Space | None,
+    action_space: spaces.Space | None,
+    clip_actions: bool,
+) -> OfflineDataset:
+    """
+    :param dataset: as its source tells
+    :param env_spec: replaces that of the dataset
+    :param observation_space: replaces that of the dataset
+    :param action_space: replaces that of the dataset
+    :param clip_actions: see ``load_dataset``
+    :return: the dataset itself if nothing is replaced, else one that shares its arrays
+    """
+    if env_spec is None and observation_space is None and action_space is None:
+        return dataset
+    if observation_space is not None:
+        observation_space = flatten_observation_space(observation_space)
+        problem = space_mismatch(dataset.observation_space, observation_space)
+        if problem:
+            raise ValueError(
+                f"The given `observation_space` does not match the dataset {dataset.name!r}: {problem}. Dataset: "
+                f"{dataset.observation_space}; given: {observation_space}."
+            )
+        # the data keeps the side on which its images have their channels
+        if _shapes(observation_space) != _shapes(dataset.observation_space):
+            observation_space = None
+    return OfflineDataset(
+        dataset.observations,
+        dataset.actions,
+        dataset.rewards,
+        dataset.next_observations,
+        dataset.terminations,
+        dataset.truncations,
+        observation_space=dataset.observation_space if observation_space is None else observation_space,
+        action_space=dataset.action_space if action_space is None else action_space,
+        env_spec=dataset.env_spec if env_spec is None else env_spec,
+        ref_min_score=dataset.ref_min_score,
+        ref_max_score=dataset.ref_max_score,
+        score_label=dataset.score_label,
+        name=dataset.name,
+        clip_actions=clip_actions,
+    )
+
+
+def _shapes(space: spaces.Space) -> Any:
+    """
+    :param space: flat observation space
+    :return: its shape, or a dict of shapes
+    """
+    return {key: part.shape for key, part in space.spaces.items()} if isinstance(space, spaces.Dict) else space.shape

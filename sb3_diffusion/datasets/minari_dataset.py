@@ -1,0 +1,291 @@
+"""Minari datasets: T + 1 observations against T actions per episode, brought into the flat form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from sb3_diffusion.datasets.offline_dataset import (
+    OfflineDataset,
+    check_action_space,
+    flatten_observation_space,
+    flatten_observations,
+)
+from sb3_diffusion.datasets.reference_scores import D4RL_REFERENCED_LABEL, minari_scores
+
+MINARI_EXTRA = 'Minari datasets need the package minari: pip install "sb3-diffusion[minari]"'
+
+
+def minari_root() -> Path:
+    """Folder in which Minari keeps its datasets: ``MINARI_DATASETS_PATH``, or ``~/.minari/datasets``."""
+    root = os.environ.get("MINARI_DATASETS_PATH")
+    return Path(root) if root else Path.home() / ".minari" / "datasets"
+
+
+def open_minari(dataset_id: str) -> Any:
+    """
+    Open a local Minari dataset without reading its episodes.
+
+    :param dataset_id: such as ``mujoco/hopper/medium-v0``
+    :return: the ``minari.MinariDataset``
+    :raises FileNotFoundError: if it is not on this machine; says how to get it
+    :raises ValueError: if the id is malformed or the files are damaged
+    :raises ImportError: without minari
+    """
+    try:
+        import minari
+    except ImportError as error:
+        raise ImportError(MINARI_EXTRA) from error
+
+    folder = minari_root() / dataset_id
+    if not (folder / "data").is_dir():
+        raise FileNotFoundError(
+            f"No Minari dataset {dataset_id!r} in {minari_root()}. Download it with `minari download {dataset_id}` (ids end "
+            "in a version such as -v0; `minari list remote` shows them), or set MINARI_DATASETS_PATH to the folder that "
+            "holds it. Nothing is downloaded on its own."
+        )
+    try:
+        return minari.load_dataset(dataset_id)
+    except (KeyError, AssertionError, OSError, ValueError) as error:
+        raise ValueError(f"The Minari dataset in {folder} cannot be read: {error!r}. Download or record it again.") from error
+
+
+def load_minari(dataset: Any, *, clip_actions: bool = False) -> OfflineDataset:
+    """
+    Read a Minari dataset into flat arrays.
+
+    Each episode of T actions has T + 1 observations: the first T become ``observations``, the last T
+    ``next_observations``. An episode that was recorded without a final flag counts as truncated. Reference scores come from
+    the dataset's metadata, else from D4RL's table for the tasks in it (see ``score_label``).
+
+    :param dataset: id of a dataset on this machine, or a ``MinariDataset`` (a filtered or combined one too)
+    :param clip_actions: clip actions outside of the action space instead of refusing them
+    :return: the flat dataset, with the env spec that Minari recorded
+    :raises FileNotFoundError: if the id is not on this machine
+    :raises ValueError: if the data is empty or bad
+    :raises TypeError: if actions are discrete, or observations of a kind that is not supported
+    :raises ImportError: without minari
+    """
+    if isinstance(dataset, str):
+        dataset = open_minari(dataset)
+    check_action_space(dataset.action_space)
+    observation_space = flatten_observation_space(dataset.observation_space)
+    action_space: spaces.Box = dataset.action_space
+
+    n_steps = int(dataset.total_steps)
+    if n_steps == 0:
+        raise ValueError(f"The Minari dataset {dataset.id!r} is empty: expected at least one step.")
+    reader = _FlatReader(observation_space, action_space, n_steps)
+    try:
+        for episode in _iterate_episodes(dataset):
+            reader.add(*episode)
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"The Minari dataset in {dataset.storage.data_path} cannot be read: {error!r}. Download or record it again."
+        ) from error
+    reader.check_full(dataset.id)
+
+    metadata = dataset.storage.metadata
+    scores = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+    label = None if None in scores else "dataset metadata"
+    table = minari_scores(dataset.id)
+    if label is None and table is not None:
+        scores, label = tuple(table), D4RL_REFERENCED_LABEL
+    return OfflineDataset(
+        reader.observations,
+        reader.actions,
+        reader.rewards,
+        reader.next_observations,
+        reader.terminations,
+        reader.truncations,
+        observation_space=observation_space,
+        action_space=action_space,
+        env_spec=dataset.env_spec,
+        ref_min_score=scores[0],
+        ref_max_score=scores[1],
+        score_label=label,
+        name=dataset.id,
+        clip_actions=clip_actions,
+    )
+
+
+class _FlatReader:
+    """
+    Arrays for all steps, filled episode by episode.
+
+    :param observation_space: flat space of the observations
+    :param action_space: a Box
+    :param n_steps: total number of steps
+    """
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Box, n_steps: int) -> None:
+        self._is_dict = isinstance(observation_space, spaces.Dict)
+        parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+        self._observations = {key: _allocate(part, n_steps) for key, part in parts.items()}
+        self._next_observations = {key: _allocate(part, n_steps) for key, part in parts.items()}
+        self.actions = np.empty((n_steps, *action_space.shape), np.float32)
+        self.rewards = np.empty(n_steps, np.float32)
+        self.terminations = np.empty(n_steps, bool)
+        self.truncations = np.empty(n_steps, bool)
+        self._n_steps = n_steps
+        self._row = 0
+        self._episode = 0
+
+    @property
+    def observations(self) -> Any:
+        """Array or dict of arrays, ``(n_steps, ...)``."""
+        return self._observations if self._is_dict else self._observations[""]
+
+    @property
+    def next_observations(self) -> Any:
+        """Array or dict of arrays, ``(n_steps, ...)``."""
+        return self._next_observations if self._is_dict else self._next_observations[""]
+
+    def add(
+        self, observations: Any, actions: np.ndarray, rewards: np.ndarray, terminations: np.ndarray, truncations: np.ndarray
+    ) -> None:
+        """
+        Append one episode of T steps.
+
+        :param observations: ``(T + 1, ...)``, or a (nested) dict of such arrays
+        :param actions: ``(T, ...)``
+        :param rewards: ``(T,)``
+        :param terminations: ``(T,)``
+        :param truncations: ``(T,)``
+        :raises ValueError: if lengths or shapes do not fit
+        """
+        length = len(rewards)
+        start, end = self._row, self._row + length
+        observations = flatten_observations(observations)
+        parts = observations if isinstance(observations, dict) else {"": observations}
+        if set(parts) != set(self._observations):
+            raise ValueError(
+                f"Episode {self._episode} must have the observations {sorted(self._observations)}: got {sorted(parts)}."
+            )
+        lengths = {f"observations {key}".strip(): len(part) - 1 for key, part in parts.items()}
+        lengths |= {"actions": len(actions), "terminations": len(terminations), "truncations": len(truncations)}
+        wrong = {field: got for field, got in lengths.items() if got != length}
+        if wrong:
+            raise ValueError(
+                f"Episode {self._episode} has {length} rewards, so {length} actions and flags and {length + 1} observations "
+                f"were expected: got steps {wrong} (observations less one)."
+            )
+        if end > self._n_steps:
+            raise ValueError(f"The dataset announces {self._n_steps} steps but holds more (at episode {self._episode}).")
+        if length == 0:
+            self._episode += 1
+            return
+        for key, part in parts.items():
+            _store(self._observations[key], start, end, part[:-1], f"observations {key}".strip(), self._episode)
+            _store(self._next_observations[key], start, end, part[1:], f"observations {key}".strip(), self._episode)
+        _store(self.actions, start, end, actions, "actions", self._episode)
+        _store(self.rewards, start, end, rewards, "rewards", self._episode)
+        _store(self.terminations, start, end, terminations, "terminations", self._episode)
+        _store(self.truncations, start, end, truncations, "truncations", self._episode)
+        if not self.terminations[end - 1]:
+            self.truncations[end - 1] = True
+        self._row, self._episode = end, self._episode + 1
+
+    def check_full(self, name: str) -> None:
+        """
+        Make sure that all announced steps came.
+
+        :param name: of the dataset
+        :raises ValueError: if there were fewer
+        """
+        if self._row != self._n_steps:
+            raise ValueError(
+                f"The Minari dataset {name!r} announces {self._n_steps} steps but its episodes hold {self._row}: its "
+                "metadata does not fit its data; download or record it again."
+            )
+
+
+def _allocate(space: spaces.Space, n_steps: int) -> np.ndarray:
+    """
+    :param space: of one observation
+    :param n_steps: number of rows
+    :return: uninitialised array, float32 for floats, else of the type of the space
+    """
+    assert space.shape is not None and space.dtype is not None
+    dtype = np.dtype(np.float32) if np.dtype(space.dtype).kind == "f" else np.dtype(space.dtype)
+    return np.empty((n_steps, *space.shape), dtype)
+
+
+def _store(target: np.ndarray, start: int, end: int, values: np.ndarray, field: str, episode: int) -> None:
+    """
+    :param target: array over all steps
+    :param start: first row
+    :param end: row after the last
+    :param values: one row per step
+    :param field: name of the values
+    :param episode: number of the episode
+    """
+    values = np.asarray(values)
+    if values.shape[1:] != target.shape[1:]:
+        if values.size != target[start:end].size:
+            raise ValueError(f"`{field}` of episode {episode} must have shape {target[start:end].shape}: got {values.shape}.")
+        values = values.reshape(target[start:end].shape)
+    with np.errstate(over="ignore"):
+        target[start:end] = values
+
+
+_EpisodeArrays = tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _iterate_episodes(dataset: Any) -> Iterator[_EpisodeArrays]:
+    """
+    Give the arrays of each episode, by the quickest way there is for its storage.
+
+    :param dataset: a ``MinariDataset``
+    :return: iterator over observations, actions, rewards, terminations, truncations
+    """
+    storage = dataset.storage
+    path = Path(storage.data_path) / "main_data.hdf5"
+    encoded_images = getattr(storage, "jpeg_encoding", True) and _has_images(dataset.observation_space)
+    if getattr(storage, "FORMAT", "") == "hdf5" and path.is_file() and not encoded_images:
+        return _iterate_hdf5(path, dataset.episode_indices)
+    episodes: Iterable[Any] = dataset.iterate_episodes()
+    return ((e.observations, e.actions, e.rewards, e.terminations, e.truncations) for e in episodes)
+
+
+def _has_images(space: spaces.Space) -> bool:
+    """
+    :param space: of the observations
+    :return: whether Minari may have stored a part as compressed pictures
+    """
+    if isinstance(space, spaces.Dict):
+        return any(_has_images(subspace) for subspace in space.spaces.values())
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
+
+
+def _iterate_hdf5(path: Path, indices: Iterable[int]) -> Iterator[_EpisodeArrays]:
+    """
+    Read Minari's HDF5 layout directly, leaving the recorded infos on the disk.
+
+    :param path: the file
+    :param indices: which episodes
+    :return: iterator over observations, actions, rewards, terminations, truncations
+    """
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        for index in indices:
+            group = file[f"episode_{index}"]
+            flags = (group[key][()] for key in ("rewards", "terminations", "truncations"))
+            yield (_read_group(group["observations"], h5py.Group), group["actions"][()], *flags)
+
+
+def _read_group(node: Any, group_class: type) -> Any:
+    """
+    :param node: HDF5 dataset or group of them
+    :param group_class: ``h5py.Group``
+    :return: array or nested dict of arrays
+    """
+    if isinstance(node, group_class):
+        return {key: _read_group(child, group_class) for key, child in node.items()}
+    return node[()]

@@ -1,0 +1,123 @@
+"""Replay buffers of Stable-Baselines3 as logged data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from sb3_diffusion.datasets.offline_dataset import (
+    ACTION_TOLERANCE,
+    Observations,
+    OfflineDataset,
+    check_action_space,
+)
+
+
+def from_replay_buffer(buffer: Any, name: str = "replay buffer") -> OfflineDataset:
+    """
+    Copy what a replay buffer holds, oldest step first, one environment after the other.
+
+    Actions are brought back from the [-1, 1] in which SB3's algorithms store them to the units of the action space. What
+    ``timeouts`` marks becomes a truncation; so does the newest step of each environment, whose episode may still run. A
+    buffer with ``optimize_memory_usage`` has lost the observations in which episodes ended and tells no time limits apart:
+    each of its dones counts as a termination, with the step's own observation for the next one.
+
+    :param buffer: a ``ReplayBuffer`` or ``DictReplayBuffer`` or a subclass (``HerReplayBuffer``)
+    :param name: of the dataset
+    :return: the flat dataset, without an env spec
+    :raises ValueError: if it is empty, or its actions are not between -1 and 1
+    :raises TypeError: if its actions are discrete
+    """
+    check_action_space(buffer.action_space)
+    optimized = bool(getattr(buffer, "optimize_memory_usage", False))
+    rows = np.arange(buffer.pos)
+    if buffer.full:
+        # in the optimized layout the newest next observation has replaced the oldest observation
+        rows = np.concatenate([np.arange(buffer.pos + optimized, buffer.buffer_size), rows])
+    if len(rows) == 0:
+        raise ValueError("The replay buffer is empty: expected at least one step; collect or add some first.")
+
+    ends = np.asarray(buffer.dones)[rows].astype(bool)
+    timeouts = np.zeros_like(ends) if optimized else np.asarray(buffer.timeouts)[rows].astype(bool)
+    # a time limit counts only where an episode ended
+    truncations = ends & timeouts
+    truncations[-1] |= ~ends[-1]
+    space = buffer.observation_space
+    observations = _gather(buffer.observations, rows, space)
+    if optimized:
+        successors = (rows[:, None] + ~ends) % buffer.buffer_size
+        next_observations = _gather_each(buffer.observations, successors, space)
+    else:
+        next_observations = _gather(buffer.next_observations, rows, space)
+    return OfflineDataset(
+        observations,
+        _unscaled(_columns(np.asarray(buffer.actions)[rows]), buffer.action_space),
+        _columns(np.asarray(buffer.rewards)[rows]),
+        next_observations,
+        _columns(ends & ~timeouts),
+        _columns(truncations),
+        observation_space=space,
+        action_space=buffer.action_space,
+        name=name,
+    )
+
+
+def _columns(array: np.ndarray) -> np.ndarray:
+    """
+    :param array: ``(n_rows, n_envs, ...)``
+    :return: ``(n_envs * n_rows, ...)``, all rows of the first env first
+    """
+    return np.ascontiguousarray(array.swapaxes(0, 1)).reshape(-1, *array.shape[2:])
+
+
+def _gather(stored: Any, rows: np.ndarray, space: spaces.Space) -> Observations:
+    """
+    :param stored: ``(buffer_size, n_envs, ...)``, or a dict of such arrays
+    :param rows: which rows, in time order
+    :param space: of one observation
+    :return: ``(n_envs * n_rows, *obs_shape)``, or a dict of such arrays
+    """
+    if isinstance(space, spaces.Dict):
+        return {key: _shaped(_columns(np.asarray(stored[key])[rows]), part) for key, part in space.spaces.items()}
+    return _shaped(_columns(np.asarray(stored)[rows]), space)
+
+
+def _gather_each(stored: Any, rows: np.ndarray, space: spaces.Space) -> np.ndarray:
+    """
+    :param stored: ``(buffer_size, n_envs, ...)``
+    :param rows: ``(n_rows, n_envs)``, which row to take for each env
+    :param space: of one observation
+    :return: ``(n_envs * n_rows, *obs_shape)``
+    """
+    return _shaped(_columns(np.asarray(stored)[rows, np.arange(rows.shape[1])]), space)
+
+
+def _shaped(array: np.ndarray, space: spaces.Space) -> np.ndarray:
+    """
+    :param array: one row per step, as SB3 stores it (a Discrete observation has shape (1,))
+    :param space: of one observation
+    :return: the rows in the shape of the space
+    """
+    assert space.shape is not None
+    return array.reshape(len(array), *space.shape)
+
+
+def _unscaled(actions: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """
+    :param actions: ``(N, action_dim)`` in [-1, 1]
+    :param space: the Box that they were scaled from
+    :return: ``(N, *action_shape)`` in the units of the Box
+    """
+    if len(actions) and not np.abs(actions).max() <= 1.0 + 2.0 * ACTION_TOLERANCE:
+        if np.isfinite(actions).all():
+            raise ValueError(
+                "A replay buffer must hold actions scaled to [-1, 1], as SB3's algorithms store them: got values from "
+                f"{actions.min()} to {actions.max()}. If you filled it with actions in env units, give a dict of arrays instead."
+            )
+    actions = actions.reshape(len(actions), *space.shape)
+    if not space.is_bounded():
+        raise ValueError(f"The action space of a replay buffer must be bounded, to undo the scaling to [-1, 1]: got {space}.")
+    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    return np.clip(low + 0.5 * (actions.astype(np.float32) + 1.0) * (high - low), low, high)

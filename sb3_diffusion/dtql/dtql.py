@@ -1,0 +1,378 @@
+"""Diffusion Trusted Q-Learning."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch as th
+import torch.nn.functional as F
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
+
+from sb3_diffusion.common.base_class import OfflineAlgorithm
+from sb3_diffusion.common.policies import ActionDenoiser, Network, QCritic, n_rows
+from sb3_diffusion.common.schedules import log_logistic_sigmas
+from sb3_diffusion.common.utils import check_choice, check_range, expectile_loss, minimize
+from sb3_diffusion.dtql.policies import (
+    CnnPolicy,
+    DTQLPolicy,
+    GaussianActor,
+    ImplicitActor,
+    IQLCritic,
+    MlpPolicy,
+    MultiInputPolicy,
+)
+from sb3_diffusion.dtql.presets import PRESETS
+
+
+class DTQL(OfflineAlgorithm):
+    r"""
+    Diffusion Trusted Q-Learning (DTQL): a one-step policy inside a trust region that a diffusion model draws.
+
+    Paper: https://arxiv.org/abs/2405.19690v2 (Chen, Wang, Zhou, NeurIPS 2024); authors' code:
+    TianyuCodings/Diffusion_Trusted_Q_Learning. A diffusion model $\mu_\phi$ of the data's actions is trained and never
+    sampled. The one-step policy $\pi_\theta$ maximises the action value of an IQL critic, while $\mu_\phi$ penalises
+    actions that it would denoise to somewhere else.
+
+    Departures, and why:
+
+    * ``normalize_q=True`` divides the action values by their mean size, as Diffusion-QL does: ``trust_region_coef`` then
+      does not carry the scale of the rewards (published values run from 0.5 to 1500). Presets have it off.
+    * With pretraining, the actor is pretrained too (``pretrain_actor``), and the target critic is copied from the critic
+      at its end (``sync_target_after_pretraining``); in the authors' code it is still the random initial one.
+    * ``n_action_samples=1`` by default; the authors' code draws one of 1024 candidates by a softmax of target values, which
+      the paper's Algorithm 1 does not contain. Presets have 1024.
+    * ``n_pretrain_steps=0`` by default; the authors' code trains $\mu_\phi$ and the critic for 50,000 steps first,
+      Algorithm 1 does not. Presets have 50,000.
+    * The value function learns from the online critics, as in the authors' code; ``value_from_target=True`` is the paper.
+    * The trust-region loss is a mean over action dimensions, as in the code; the paper sums.
+    * The implicit actor is bounded by a hyperbolic tangent, and so are the actions of the KL arm; the authors' is not.
+    * The averaged copies of $\mu_\phi$ and $\pi_\theta$ in the authors' code, which nothing uses, do not exist.
+
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a policy class
+    :param env: Gymnasium env, VecEnv, id or None; with None it comes from the dataset
+    :param learning_rate: learning rate of actor and diffusion model; a float or a function of the remaining progress
+    :param buffer_size: capacity of the replay buffer of online transitions
+    :param learning_starts: env steps before the first online update
+    :param batch_size: transitions per update
+    :param tau: Polyak coefficient of the target critic
+    :param gamma: discount
+    :param train_freq: env steps (or ``(n, "episode")``) between updates online
+    :param gradient_steps: updates after each rollout online; -1 for as many as env steps
+    :param action_noise: noise added to the actions when exploring
+    :param replay_buffer_class: class of the replay buffer of online transitions
+    :param replay_buffer_kwargs: its further arguments
+    :param optimize_memory_usage: do not store next observations
+    :param n_steps: length of the n-step returns
+    :param dataset: logged data, see [load_dataset][sb3_diffusion.load_dataset]
+    :param offline_fraction: share of each batch that comes from the dataset while fine-tuning, in [0, 1]
+    :param n_pretrain_steps: gradient steps that train diffusion model and critic (and actor) before the main loop, offline
+    :param reward_transform: None, ``"normalize"``, ``"iql_locomotion"``, ``"iql_antmaze"``, ``"cql_antmaze"`` or ``"antmaze"``
+    :param trust_region_coef: $\alpha$, weight of the trust-region (or KL) loss
+    :param q_coef: weight of the action value; 0 makes the actor a mode-seeking clone of the behaviour
+    :param nll_coef: weight of the negative log-likelihood of the data's actions, the paper's entropy term; Gaussian actor only
+    :param nll_jacobian: take the likelihood of the action itself; without it that of its inverse hyperbolic tangent
+    :param regularizer: ``"trust_region"``, or ``"kl"`` for distillation by a second diffusion model of the actor's actions
+    :param actor_type: ``"gaussian"`` (tanh-Gaussian) or ``"implicit"`` (a network of noise and observation)
+    :param normalize_q: divide the action values in the actor's loss by their mean absolute value
+    :param expectile: $\tau$ of the expectile regression of the state value, in (0, 1)
+    :param value_from_target: regress the state value on the target critics instead of the online ones
+    :param sync_target_after_pretraining: copy the critic into its target when pretraining ends
+    :param pretrain_actor: train the actor to imitate during pretraining
+    :param critic_learning_rate: learning rate of critics and state value; a float or a function of the remaining progress
+    :param sigma_data: standard deviation of the actions scaled to [-1, 1]
+    :param sigma_min: smallest noise level
+    :param sigma_max: largest noise level
+    :param n_action_samples: candidates per observation when acting; one of several is drawn by a softmax of target values
+    :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy
+    :param stats_window_size: number of episodes that logged returns are averaged over
+    :param tensorboard_log: folder of the TensorBoard log
+    :param policy_kwargs: arguments of [DTQLPolicy][sb3_diffusion.dtql.policies.DTQLPolicy]
+    :param verbose: 0 silent, 1 information, 2 debug
+    :param seed: seed of all random generators; None for a random one
+    :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+    :param _init_setup_model: build the networks now
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+    policy: DTQLPolicy
+    actor: GaussianActor | ImplicitActor  # pi_theta: the one-step policy that acts
+    behavior: ActionDenoiser  # mu_phi: diffusion model of the data's actions
+    fake_behavior: ActionDenoiser  # diffusion model of the actor's actions; only for KL distillation
+    critic: IQLCritic  # Q_eta and V_psi
+    critic_target: QCritic  # Q_eta'
+
+    def __init__(
+        self,
+        policy: str | type[DTQLPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        *,
+        dataset: Any = None,
+        offline_fraction: float = 0.5,
+        n_pretrain_steps: int = 0,
+        reward_transform: str | None = None,
+        trust_region_coef: float = 1.0,
+        q_coef: float = 1.0,
+        nll_coef: float = 0.0,
+        nll_jacobian: bool = False,
+        regularizer: str = "trust_region",
+        actor_type: str = "gaussian",
+        normalize_q: bool = True,
+        expectile: float = 0.7,
+        value_from_target: bool = False,
+        sync_target_after_pretraining: bool = True,
+        pretrain_actor: bool = True,
+        critic_learning_rate: float | Schedule = 3e-4,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        n_action_samples: int = 1,
+        normalize_observations: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        check_range("trust_region_coef", trust_region_coef, 0.0)
+        check_range("q_coef", q_coef, 0.0)
+        check_range("nll_coef", nll_coef, 0.0)
+        check_range("expectile", expectile, 0.0, 1.0)
+        check_range("n_action_samples", n_action_samples, 1)
+        check_range("sigma_max", sigma_max, sigma_min)
+        check_choice("regularizer", regularizer, ("trust_region", "kl"))
+        check_choice("actor_type", actor_type, ("gaussian", "implicit"))
+        if nll_coef > 0.0 and actor_type == "implicit":
+            raise ValueError(f"`nll_coef` needs a likelihood, which an implicit actor lacks: got {nll_coef}; set it to 0.")
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            n_steps,
+            dataset=dataset,
+            offline_fraction=offline_fraction,
+            n_pretrain_steps=n_pretrain_steps,
+            reward_transform=reward_transform,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+        )
+        self.trust_region_coef = trust_region_coef
+        self.q_coef = q_coef
+        self.nll_coef = nll_coef
+        self.nll_jacobian = nll_jacobian
+        self.regularizer = regularizer
+        self.actor_type = actor_type
+        self.normalize_q = normalize_q
+        self.expectile = expectile
+        self.value_from_target = value_from_target
+        self.sync_target_after_pretraining = sync_target_after_pretraining
+        self.pretrain_actor = pretrain_actor
+        self.critic_learning_rate = critic_learning_rate
+        self.sigma_data = sigma_data
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.n_action_samples = n_action_samples
+        self.normalize_observations = normalize_observations
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
+
+    def _policy_arguments(self) -> dict[str, Any]:
+        return dict(
+            actor_type=self.actor_type,
+            fake_behavior=self.regularizer == "kl",
+            sigma_data=self.sigma_data,
+            n_action_samples=self.n_action_samples,
+            normalize_observations=self.normalize_observations,
+            critic_learning_rate=self.critic_lr_schedule(1.0),
+        )
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.behavior = self.policy.behavior
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+        if self.regularizer == "kl":
+            self.fake_behavior = self.policy.fake_behavior
+        # Running statistics of batch normalisation are copied into the target, not averaged
+        self._batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self._batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+
+    # ---------------------------------------------------------------- Algorithm 1
+
+    def train(self, gradient_steps: int, batch_size: int) -> None:
+        """
+        Run ``gradient_steps`` passes of the loop of Algorithm 1, or of the pretraining before it.
+
+        :param gradient_steps: number of passes
+        :param batch_size: transitions per pass
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        for _ in range(gradient_steps):
+            batch = self.sample_batch(batch_size)
+            self._minimize("critic_loss", self.critic, self._critic_loss(batch))
+            self._minimize("behavior_loss", self.behavior, self._behavior_loss(batch.observations, batch.actions))
+            if self.pretraining:
+                if self.pretrain_actor:
+                    self._minimize("imitation_loss", self.actor, self._imitation_loss(batch))
+                self._count_pretraining_step()
+            else:
+                self._minimize("actor_loss", self.actor, self._actor_loss(batch))
+                if self.regularizer == "kl":
+                    self._minimize("fake_behavior_loss", self.fake_behavior, self._fake_behavior_loss(batch.observations))
+                polyak_update(self.critic.q_net.parameters(), self.critic_target.q_net.parameters(), self.tau)
+                polyak_update(self._batch_norm_stats, self._batch_norm_stats_target, 1.0)
+            self._n_updates += 1
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _minimize(self, name: str, network: Network, loss: th.Tensor) -> None:
+        self._add_loss(name, minimize(network.optimizer, loss))
+
+    def _count_pretraining_step(self) -> None:
+        self._n_pretrain_updates += 1
+        self._pretrain_timesteps += 1
+        if self._n_pretrain_updates < self.n_pretrain_steps:
+            return
+        if self.sync_target_after_pretraining:
+            self.policy.copy_critic_to_target()
+        if self.regularizer == "kl":
+            self.fake_behavior.load_state_dict(self.behavior.state_dict())
+
+    def _update_learning_rates(self) -> None:
+        optimizers = [self.actor.optimizer, self.behavior.optimizer]
+        if self.regularizer == "kl":
+            optimizers.append(self.fake_behavior.optimizer)
+        self._update_learning_rate(optimizers)
+        update_learning_rate(self.critic.optimizer, self.critic_lr_schedule(self._current_progress_remaining))
+
+    def _draw_normal(self, observations: PyTorchObs) -> th.Tensor:
+        shape = (n_rows(observations), self.actor.action_dim)
+        return th.randn(shape, generator=self.generator, device=self.device)
+
+    def _draw_sigma(self, n: int) -> th.Tensor:
+        uniform = th.rand(n, generator=self.generator, device=self.device)
+        return log_logistic_sigmas(uniform, self.sigma_data, self.sigma_min, self.sigma_max)
+
+    # ---------------------------------------------------------------- losses
+
+    def _critic_loss(self, batch: ReplayBufferSamples) -> th.Tensor:
+        r"""
+        $L_V + L_Q$ (eqs. 6 and 7): $L_V = E[L_2^\tau(\min_i Q_i(s, a) - V(s))]$ and
+        $L_Q = \sum_i E[(r + \gamma V(s') - Q_i(s, a))^2]$.
+        """
+        features = self.critic.features(batch.observations)
+        q_values = self.critic.q_values(features, batch.actions)
+        with th.no_grad():
+            q_data = self.critic_target(batch.observations, batch.actions) if self.value_from_target else q_values
+            next_values = self.critic.values(self.critic.features(batch.next_observations))
+            discounts = self.gamma if batch.discounts is None else batch.discounts
+            targets = batch.rewards + (1.0 - batch.dones) * discounts * next_values
+        value_loss = expectile_loss(q_data.detach().amin(dim=0) - self.critic.values(features), self.expectile).mean()
+        return value_loss + (q_values - targets).square().mean(dim=(1, 2)).sum()
+
+    def _behavior_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        r"""$L(\phi) = E[w(\sigma) \|\mu_\phi(a + \sigma\epsilon, \sigma | s) - a\|^2]$ (eq. 2), a mean over dimensions."""
+        noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
+        return self.behavior.loss(observations, actions, noise, sigma).mean()
+
+    def _trust_region_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        r"""$L_{TR}(\theta)$ (eq. 4): eq. 2 at the actor's own ``actions``, minimised over $\theta$ instead of $\phi$."""
+        return self._behavior_loss(observations, actions)
+
+    def _kl_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        r"""
+        A loss whose gradient is that of $D_{KL}[\pi_\theta(\cdot|s) \| \mu_\phi(\cdot|s)]$ (section 3), estimated as in
+        distribution matching distillation (arXiv 2311.18828, eqs. 7 and 8).
+        """
+        with th.no_grad():
+            noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
+            noisy = self.behavior.denoiser.corrupt(actions, noise, sigma)
+            real = self.behavior(observations, noisy, sigma)
+            fake = self.fake_behavior(observations, noisy, sigma)
+            direction = (fake - real) / (actions - real).abs().mean(dim=-1, keepdim=True).clamp(min=1e-6)
+        return 0.5 * F.mse_loss(actions, (actions - direction).detach())
+
+    def _fake_behavior_loss(self, observations: PyTorchObs) -> th.Tensor:
+        """Eq. 2 for the diffusion model of the actor's actions."""
+        with th.no_grad():
+            actions = self.actor(observations, self._draw_normal(observations))
+        noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
+        return self.fake_behavior.loss(observations, actions, noise, sigma).mean()
+
+    def _actor_loss(self, batch: ReplayBufferSamples) -> th.Tensor:
+        r"""$L_\pi(\theta) = \alpha L_{TR}(\theta) - E[\min_i Q_i(s, a_\theta)]$ (eq. 5), and the entropy term if asked for."""
+        actions = self.actor(batch.observations, self._draw_normal(batch.observations))
+        q_values = self.critic(batch.observations, actions).amin(dim=0)
+        q_loss = -q_values.mean()
+        if self.normalize_q:
+            q_loss = q_loss / q_values.detach().abs().mean().clamp(min=1e-6)
+        regularize = self._kl_loss if self.regularizer == "kl" else self._trust_region_loss
+        loss = self.trust_region_coef * regularize(batch.observations, actions) + self.q_coef * q_loss
+        return loss + self.nll_coef * self._nll_loss(batch) if self.nll_coef > 0.0 else loss
+
+    def _nll_loss(self, batch: ReplayBufferSamples) -> th.Tensor:
+        r"""$-E[\log \pi_\theta(a | s)]$ over the data, the entropy term of section 2."""
+        assert isinstance(self.actor, GaussianActor)
+        return -self.actor.log_prob(batch.observations, batch.actions, self.nll_jacobian).mean()
+
+    def _imitation_loss(self, batch: ReplayBufferSamples) -> th.Tensor:
+        """What the actor learns during pretraining: the data's actions if it has a likelihood, else the trust region alone."""
+        if isinstance(self.actor, GaussianActor):
+            return self._nll_loss(batch)
+        actions = self.actor(batch.observations, self._draw_normal(batch.observations))
+        return self._trust_region_loss(batch.observations, actions)
+
+    def _excluded_save_params(self) -> list[str]:
+        aliases = ["actor", "behavior", "critic", "critic_target", "fake_behavior"]
+        return [
+            *super()._excluded_save_params(),
+            *aliases,
+            "_batch_norm_stats",
+            "_batch_norm_stats_target",
+            "critic_lr_schedule",
+        ]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        names = ["actor", "behavior", "critic"] + (["fake_behavior"] if self.regularizer == "kl" else [])
+        return ["policy", *[f"{name}.optimizer" for name in names]], []

@@ -1,0 +1,71 @@
+"""Published settings of DTQL by D4RL task (the authors' ``main.py``, TianyuCodings/Diffusion_Trusted_Q_Learning)."""
+
+from typing import Any
+
+from sb3_diffusion.common.utils import CosineSchedule
+
+PUBLISHED: dict[str, Any] = dict(
+    n_pretrain_steps=50_000,
+    pretrain_actor=False,
+    sync_target_after_pretraining=False,
+    normalize_q=False,
+    n_action_samples=1024,
+    critic_learning_rate=3e-4,
+)
+"""What all published runs share, where it is not our default."""
+
+
+def _preset(
+    learning_rate: float,
+    trust_region_coef: float,
+    decay: bool,
+    n_epochs: int,
+    expectile: float = 0.7,
+    nll_coef: float = 0.0,
+    batch_size: int = 256,
+    reward_transform: str | None = None,
+) -> dict[str, Any]:
+    settings = dict(
+        PUBLISHED,
+        learning_rate=learning_rate,
+        trust_region_coef=trust_region_coef,
+        expectile=expectile,
+        nll_coef=nll_coef,
+        batch_size=batch_size,
+        reward_transform=reward_transform,
+        default_total_timesteps=PUBLISHED["n_pretrain_steps"] + 1_000 * n_epochs,
+    )
+    if decay:
+        settings.update(
+            learning_rate=CosineSchedule(learning_rate),
+            critic_learning_rate=CosineSchedule(PUBLISHED["critic_learning_rate"]),
+        )
+    return settings
+
+
+def _antmaze(learning_rate: float, trust_region_coef: float, decay: bool, n_epochs: int) -> dict[str, Any]:
+    return _preset(learning_rate, trust_region_coef, decay, n_epochs, 0.9, 1.0, 2048, "iql_antmaze")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "halfcheetah-medium": _preset(3e-4, 1.0, False, 1000),
+    "halfcheetah-medium-replay": _preset(3e-4, 5.0, False, 1000),
+    "halfcheetah-medium-expert": _preset(3e-4, 50.0, False, 1000),
+    "hopper-medium": _preset(1e-4, 5.0, True, 1000),
+    "hopper-medium-replay": _preset(3e-4, 5.0, False, 1000),
+    "hopper-medium-expert": _preset(3e-4, 20.0, False, 1000),
+    "walker2d-medium": _preset(3e-4, 5.0, True, 1000),
+    "walker2d-medium-replay": _preset(3e-4, 5.0, True, 1000),
+    "walker2d-medium-expert": _preset(3e-4, 5.0, True, 1000),
+    "antmaze-umaze": _antmaze(3e-4, 1.0, False, 500),
+    "antmaze-umaze-diverse": _antmaze(3e-5, 1.0, True, 500),
+    "antmaze-medium-play": _antmaze(3e-4, 1.0, False, 400),
+    "antmaze-medium-diverse": _antmaze(3e-4, 1.0, False, 400),
+    "antmaze-large-play": _antmaze(3e-4, 1.0, False, 350),
+    "antmaze-large-diverse": _antmaze(3e-4, 0.5, False, 300),
+    "pen-human": _preset(3e-5, 1500.0, True, 300, expectile=0.9),
+    "pen-cloned": _preset(1e-5, 1500.0, False, 200),
+    "kitchen-complete": _preset(1e-4, 200.0, True, 500),
+    "kitchen-partial": _preset(1e-4, 100.0, True, 1000),
+    "kitchen-mixed": _preset(3e-4, 200.0, True, 500),
+}

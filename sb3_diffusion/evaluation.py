@@ -1,0 +1,313 @@
+"""Evaluation in the environment: returns, lengths, normalised scores, and how sure one can be of their average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from stable_baselines3.common.env_util import is_wrapped, make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.type_aliases import PolicyPredictor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_wrapper
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from sb3_diffusion.datasets import OfflineDataset
+
+Statistic = Literal["iqm", "mean", "median"]
+EvaluationEnv = str | EnvSpec | gym.Env | VecEnv | Callable[[], gym.Env]
+
+# Envs that step together by default when this module makes them: one call of `predict` serves all of them.
+DEFAULT_N_ENVS = 10
+N_RESAMPLES = 9_999
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """
+    What [evaluate][sb3_diffusion.evaluation.evaluate] measured; one entry per episode, in the order in which they ended.
+
+    :param returns: undiscounted sums of rewards in env units, ``(n_episodes,)``
+    :param lengths: numbers of env steps, ``(n_episodes,)``
+    :param normalized_scores: returns in percent of the way from a random policy (0) to an expert (100), ``(n_episodes,)``;
+        None if no reference scores are known
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    normalized_scores: np.ndarray | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns over episodes (divisor n, as ``evaluate_policy`` reports it)."""
+        return float(np.std(self.returns))
+
+    @property
+    def iqm(self) -> float:
+        """Interquartile mean of the returns."""
+        return interquartile_mean(self.returns)
+
+    def confidence_interval(
+        self, level: float = 0.95, statistic: Statistic = "iqm", *, normalized: bool = False, seed: int = 0
+    ) -> tuple[float, float]:
+        """
+        Percentile bootstrap interval over episodes: how far the average would move with other episodes of the same policy.
+
+        It says nothing about training again with another seed; for that see
+        [bootstrap_interval][sb3_diffusion.evaluation.bootstrap_interval] over the scores of several runs.
+
+        :param level: coverage, between 0 and 1
+        :param statistic: ``"iqm"``, ``"mean"`` or ``"median"``
+        :param normalized: of the normalised scores (percent) instead of the returns
+        :param seed: of the resampling
+        :return: lower and upper end; both NaN with fewer than two episodes
+        :raises ValueError: if ``normalized`` and there are no normalised scores
+        :raises ImportError: if scipy is not installed
+        """
+        scores = self.returns
+        if normalized:
+            if self.normalized_scores is None:
+                raise ValueError(
+                    "There are no normalised scores: expected reference scores from the dataset or from `ref_min_score` and "
+                    "`ref_max_score`, got none; pass them to `evaluate`."
+                )
+            scores = self.normalized_scores
+        return bootstrap_interval(scores, statistic=statistic, level=level, seed=seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The measurement as plain Python numbers and lists, ready for JSON.
+
+        :return: ``returns``, ``lengths``, ``normalized_scores`` (None if unknown), ``mean`` and ``std``
+        """
+        scores = self.normalized_scores
+        return {
+            "returns": [float(value) for value in self.returns],
+            "lengths": [int(value) for value in self.lengths],
+            "normalized_scores": None if scores is None else [float(value) for value in scores],
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+
+def evaluate(
+    model: PolicyPredictor,
+    env: EvaluationEnv,
+    n_episodes: int = 10,
+    *,
+    n_envs: int | None = None,
+    deterministic: bool = True,
+    seed: int | None = None,
+    dataset: OfflineDataset | None = None,
+    ref_min_score: float | None = None,
+    ref_max_score: float | None = None,
+) -> EvaluationResult:
+    """
+    Run whole episodes with a policy, several envs at once, and collect what came out of each.
+
+    The episodes are played by SB3's ``evaluate_policy``: each env gets its share of them beforehand, so that short episodes
+    are not preferred, and a stateful controller gets back its ``state`` with ``episode_start``. Envs that are made here are
+    closed again; an env that is passed in is reset and stays open. A model that was trained with ``VecNormalize`` sees
+    observations normalised by its own frozen statistics, whatever env it is evaluated in; returns are always those of the
+    env itself. The model's own training env may be passed, but a training run that goes on starts a new episode then.
+
+    Normalised scores come from ``ref_min_score`` and ``ref_max_score`` if given, else from ``dataset``, else from the
+    dataset that is attached to the model.
+
+    :param model: anything with SB3's ``predict``
+    :param env: Gymnasium id, ``EnvSpec``, function that makes an env, Gymnasium env, or VecEnv
+    :param n_episodes: number of episodes in total, at least 1
+    :param n_envs: envs that step together, for an id, spec or function; None: ``min(n_episodes, 10)``.
+        An env or a VecEnv brings its own number.
+    :param deterministic: passed to ``predict``
+    :param seed: seeds the envs (env i gets ``seed + i``); the policy's own noise is seeded by the model
+    :param dataset: whose reference scores to use
+    :param ref_min_score: return that counts as 0 %
+    :param ref_max_score: return that counts as 100 %
+    :return: returns, lengths and normalised scores, one per episode
+    :raises ValueError: if ``n_episodes`` or ``n_envs`` is out of range, or only one reference score is given
+    :raises TypeError: if ``env`` is none of the kinds above
+    """
+    if n_episodes < 1:
+        raise ValueError(f"`n_episodes` must be at least 1: got {n_episodes}.")
+    if (ref_min_score is None) != (ref_max_score is None):
+        raise ValueError(
+            f"Expected both `ref_min_score` and `ref_max_score`, or neither: got {ref_min_score} and {ref_max_score}."
+        )
+    vec_env, made_here = _to_vec_env(env, n_episodes, n_envs, seed)
+    try:
+        if seed is not None:
+            vec_env.seed(seed)
+        with _frozen_normalization(model, vec_env) as normalized_env:
+            returns, lengths = evaluate_policy(
+                model, normalized_env, n_episodes, deterministic=deterministic, return_episode_rewards=True
+            )
+    finally:
+        if made_here:
+            vec_env.close()
+    episode_returns = np.asarray(returns, dtype=np.float64)
+    return EvaluationResult(
+        returns=episode_returns,
+        lengths=np.asarray(lengths, dtype=np.int64),
+        normalized_scores=_normalized_scores(model, episode_returns, dataset, ref_min_score, ref_max_score),
+    )
+
+
+def interquartile_mean(scores: Sequence[float] | np.ndarray) -> float:
+    """
+    Mean of the middle half of all scores: as robust as a median, and uses more of the data (arXiv 2108.13264, section 4.3).
+
+    :param scores: of any shape, pooled
+    :return: mean after a quarter of the scores, rounded down, is cut off at either end; with fewer than 4 the plain mean
+    :raises ValueError: if there are no scores
+    :raises ImportError: if scipy is not installed
+    """
+    pooled = np.asarray(scores, dtype=np.float64).ravel()
+    if pooled.size == 0:
+        raise ValueError("Expected at least one score, got none.")
+    return float(_scipy_stats().trim_mean(pooled, 0.25))
+
+
+def bootstrap_interval(
+    scores: Sequence[float] | np.ndarray,
+    *,
+    statistic: Statistic = "iqm",
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """
+    Stratified percentile bootstrap interval of an average over runs and tasks (arXiv 2108.13264, section 4.1).
+
+    Runs are drawn again with replacement within each task, never across tasks; the statistic is taken over all scores of a
+    resample together.
+
+    :param scores: ``(n_runs,)`` for one task, or ``(n_runs, n_tasks)``
+    :param statistic: ``"iqm"``, ``"mean"`` or ``"median"``
+    :param level: coverage, between 0 and 1
+    :param seed: of the resampling; equal arguments give equal intervals
+    :return: lower and upper end; both NaN with fewer than two runs, from which no spread can be told
+    :raises ValueError: on another statistic, shape or level
+    :raises ImportError: if scipy is not installed
+    """
+    stats = _scipy_stats()
+    table = np.asarray(scores, dtype=np.float64)
+    if table.ndim not in (1, 2) or table.size == 0:
+        raise ValueError(f"Expected scores of shape (n_runs,) or (n_runs, n_tasks), not empty: got shape {table.shape}.")
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"`level` must be between 0 and 1: got {level}.")
+    functions: dict[str, Callable[..., np.ndarray]] = {
+        "iqm": lambda pooled: stats.trim_mean(pooled, 0.25, axis=-1),
+        "mean": lambda pooled: np.mean(pooled, axis=-1),
+        "median": lambda pooled: np.median(pooled, axis=-1),
+    }
+    if statistic not in functions:
+        raise ValueError(f"`statistic` must be one of {sorted(functions)}: got {statistic!r}.")
+    tasks = tuple(table.reshape(len(table), -1).T)
+    if len(table) < 2:
+        return float("nan"), float("nan")
+    interval = stats.bootstrap(
+        tasks,
+        lambda *columns, axis=-1: functions[statistic](np.concatenate(columns, axis=-1)),
+        n_resamples=N_RESAMPLES,
+        confidence_level=level,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _scipy_stats() -> ModuleType:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError(
+            "Interquartile means and bootstrap intervals need scipy: pip install 'sb3-diffusion[plots]'."
+        ) from error
+    return stats
+
+
+def _to_vec_env(env: EvaluationEnv, n_episodes: int, n_envs: int | None, seed: int | None) -> tuple[VecEnv, bool]:
+    """The env as a VecEnv, and whether it was made here (and has to be closed here)."""
+    if isinstance(env, VecEnv | gym.Env):
+        own_n_envs = env.num_envs if isinstance(env, VecEnv) else 1
+        if n_envs not in (None, own_n_envs):
+            raise ValueError(
+                f"`n_envs` must be {own_n_envs} or None for the env that was passed in: got {n_envs}; "
+                "pass an id or a function that makes an env to choose it."
+            )
+        if isinstance(env, VecEnv):
+            return env, False
+        # Under a Monitor the returns are those of the env, not of wrappers around it.
+        monitored = env if is_wrapped(env, Monitor) else Monitor(env)
+        return DummyVecEnv([lambda: monitored]), False
+    if n_envs is None:
+        n_envs = min(n_episodes, DEFAULT_N_ENVS)
+    if n_envs < 1:
+        raise ValueError(f"`n_envs` must be at least 1: got {n_envs}.")
+    if isinstance(env, EnvSpec):
+        spec = env
+        return make_vec_env(lambda: gym.make(spec), n_envs, seed), True
+    if isinstance(env, str) or callable(env):
+        return make_vec_env(env, n_envs, seed), True
+    raise TypeError(
+        f"Expected an env id, an EnvSpec, a function that makes an env, a Gymnasium env or a VecEnv: got {type(env).__name__}."
+    )
+
+
+@contextmanager
+def _frozen_normalization(model: PolicyPredictor, vec_env: VecEnv) -> Iterator[VecEnv]:
+    """
+    The env as the model expects it, with statistics that do not move and rewards as they are.
+
+    An env that has its own ``VecNormalize`` keeps its statistics; another one is put under a copy of the model's.
+    """
+    own = unwrap_vec_wrapper(vec_env, VecNormalize)
+    if isinstance(own, VecNormalize):
+        before = own.training, own.norm_reward
+        own.training, own.norm_reward = False, False
+        try:
+            yield vec_env
+        finally:
+            own.training, own.norm_reward = before
+        return
+    get_vec_normalize_env = getattr(model, "get_vec_normalize_env", lambda: None)
+    trained_with = get_vec_normalize_env()
+    if trained_with is None:
+        yield vec_env
+        return
+    frozen = deepcopy(trained_with)  # without its envs, as `VecNormalize` defines it
+    frozen.set_venv(vec_env)
+    frozen.training, frozen.norm_reward = False, False
+    yield frozen
+
+
+def _normalized_scores(
+    model: PolicyPredictor,
+    returns: np.ndarray,
+    dataset: OfflineDataset | None,
+    ref_min_score: float | None,
+    ref_max_score: float | None,
+) -> np.ndarray | None:
+    if ref_min_score is not None and ref_max_score is not None:
+        if ref_max_score == ref_min_score:
+            raise ValueError(f"`ref_min_score` and `ref_max_score` must differ: got {ref_min_score} twice.")
+        return 100.0 * (returns - ref_min_score) / (ref_max_score - ref_min_score)
+    if dataset is None:
+        dataset = getattr(model, "dataset", None)
+    if dataset is None or dataset.ref_min_score is None or dataset.ref_max_score is None:
+        return None
+    return np.asarray(dataset.normalized_score(returns), dtype=np.float64)

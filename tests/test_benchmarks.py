@@ -1,0 +1,190 @@
+"""The benchmark protocol: interrupted runs end as whole ones, results merge, tables are made from them."""
+
+import json
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import harness
+import make_tables
+import numpy as np
+import pytest
+
+from sb3_diffusion import DTQL, OfflineDataset
+
+ENV_ID = "Pendulum-v1"
+
+
+@pytest.fixture(scope="module")
+def dataset() -> OfflineDataset:
+    env = gym.make(ENV_ID)
+    rng = np.random.default_rng(0)
+    n = 60
+    observations = rng.normal(size=(n + 1, 3)).astype(np.float32)
+    ends = np.arange(n) % 20 == 19
+    return OfflineDataset(
+        observations[:-1],
+        rng.uniform(-1, 1, (n, 1)).astype(np.float32),
+        rng.normal(size=n).astype(np.float32),
+        observations[1:],
+        np.zeros(n, bool),
+        ends,
+        observation_space=gym.spaces.Box(-np.inf, np.inf, (3,)),
+        action_space=env.action_space,
+        env_spec=env.spec,
+        ref_min_score=-1600.0,
+        ref_max_score=0.0,
+        name="random",
+    )
+
+
+def make_model(dataset: OfflineDataset, seed: int) -> DTQL:
+    return DTQL("MlpPolicy", ENV_ID, dataset=dataset, seed=seed, batch_size=8, policy_kwargs=dict(net_arch=[8]), device="cpu")
+
+
+def start(dataset: OfflineDataset, folder: Path, name: str = "DTQL", seed: int = 0, **kwargs) -> dict:
+    def make() -> DTQL:
+        return DTQL(
+            "MlpPolicy", ENV_ID, dataset=dataset, seed=seed, batch_size=8, policy_kwargs=dict(net_arch=[8]), device="cpu"
+        )
+
+    arguments: dict = dict(n_evaluations=3, n_eval_episodes=2, workdir=folder / "work") | kwargs
+    return harness.run(
+        name,
+        seed,
+        lambda: make_model(dataset, seed),
+        lambda path: DTQL.load(path, env=ENV_ID, dataset=dataset, device="cpu"),
+        12,
+        ENV_ID,
+        folder / "results" / "pendulum.json",
+        **arguments,
+    )
+
+
+def curve(record: dict) -> list[tuple[int, list[float]]]:
+    return [(evaluation["timestep"], evaluation["returns"]) for evaluation in record["evaluations"]]
+
+
+@pytest.mark.parametrize("when", ["before evaluation", "between the files"])
+def test_interrupted_run_ends_as_a_whole_one(dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str):
+    whole = start(dataset, tmp_path / "whole")
+    assert [timestep for timestep, _ in curve(whole)] == [4, 8, 12]
+    assert len({returns[0] for _, returns in curve(whole)}) == 3
+
+    calls = 0
+    original = harness.evaluate if when == "before evaluation" else harness.write_json
+
+    def interrupt(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, original.__name__, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            start(dataset, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "results" / "pendulum.json").exists()
+    assert curve(start(dataset, tmp_path / "parts")) == curve(whole)
+
+
+def test_finished_run_is_not_repeated(dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = start(dataset, tmp_path)
+    monkeypatch.setattr(DTQL, "learn", lambda *args, **kwargs: pytest.fail("trained again"))
+    (tmp_path / "results" / "pendulum.json").unlink()
+    assert start(dataset, tmp_path) == json.loads(json.dumps(first))
+    assert (tmp_path / "results" / "pendulum.json").is_file()
+    with pytest.raises(ValueError, match="belongs to a run with"):
+        start(dataset, tmp_path, n_evaluations=2)
+
+
+def test_online_run_continues_the_count(dataset, tmp_path: Path):
+    model = make_model(dataset, 0).learn(3)
+    record = harness.run(
+        "fine-tuned",
+        0,
+        lambda: model,
+        lambda path: pytest.fail("nothing to load"),
+        4,
+        ENV_ID,
+        tmp_path / "results" / "online.json",
+        n_evaluations=2,
+        n_eval_episodes=1,
+        evaluate_first=True,
+        learn_kwargs=dict(offline=False),
+        replay_buffer=True,
+        workdir=tmp_path,
+    )
+    assert [timestep for timestep, _ in curve(record)] == [3, 5, 7]
+    assert (tmp_path / "online" / "fine-tuned-seed0" / "replay_buffer.zip").is_file()
+
+
+def test_record_says_where_it_comes_from(dataset, tmp_path: Path):
+    record = start(dataset, tmp_path, about={"note": "a note"})
+    assert record["environment"]["libraries"]["torch"]
+    assert record["environment"]["cpu_count"] >= 1
+    assert record["note"] == "a note"
+    assert 0 < record["train_seconds"] < record["wall_seconds"]
+    assert record["behavior"]["mean"] == pytest.approx(dataset.episode_returns.mean())
+    expected = 100 * (np.array(curve(record)[0][1]) + 1600) / 1600
+    assert record["evaluations"][0]["normalized_scores"] == pytest.approx(expected)
+
+
+def make_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    arguments = ["make_tables.py", "--results", str(folder / "results"), "--docs", str(folder / "docs")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert make_tables.main() == 0
+    return (folder / "docs" / "benchmarks.md").read_text()
+
+
+def test_tables(dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    for seed in range(2):
+        start(dataset, tmp_path, seed=seed)
+    start(dataset, tmp_path, name="other")
+    result_file = tmp_path / "results" / "pendulum.json"
+    harness.describe(result_file, "Pendulum", "Random data.")
+    # Known numbers in place of the measured ones: last 20 and 40, best 60 and 40.
+    content = json.loads(result_file.read_text())
+    for seed, means in enumerate([(60.0, 0.0, 20.0), (10.0, 0.0, 40.0)]):
+        for evaluation, mean in zip(content["runs"][f"DTQL/{seed}"]["evaluations"], means, strict=True):
+            evaluation["normalized_scores"] = [mean - 1, mean + 1]
+    harness.write_json(result_file, content)
+    (tmp_path / "docs" / "assets").mkdir(parents=True)
+    (tmp_path / "docs" / "assets" / "toy.png").write_bytes(b"")
+    harness.write_table(
+        tmp_path / "results" / "speed.json",
+        "Speed",
+        ["", "ratio"],
+        [["update", 2.34567], ["nothing", None]],
+        pictures=[("assets/toy.png", "A toy"), ("assets/gone.png", "Gone")],
+    )
+    (tmp_path / "results" / "other.json").write_text('{"kind": "unknown"}')
+    (tmp_path / "results" / "broken.json").write_text("{")
+
+    page = make_page(tmp_path, monkeypatch)
+    cells = [cell.strip() for cell in next(line for line in page.splitlines() if line.startswith("| DTQL |")).split("|")[1:-1]]
+    assert cells[1] == "2" and cells[4] == "30.0 [20.0, 40.0]" and cells[5] == "50.0 [40.0, 60.0]" and cells[6] == "30.0"
+    other = next(line for line in page.splitlines() if line.startswith("| other |"))
+    assert "[" not in other  # no interval from one run
+    assert "| update | 2.346 |" in page and "| nothing |  |" in page
+    assert "![A toy](assets/toy.png)" in page and "gone.png" not in page
+    notes = capsys.readouterr().err
+    assert "skipped other.json" in notes and "skipped broken.json" in notes and "gone.png" in notes
+
+    picture = (tmp_path / "docs" / "assets" / "pendulum.svg").read_bytes()
+    assert make_page(tmp_path, monkeypatch) == page
+    assert (tmp_path / "docs" / "assets" / "pendulum.svg").read_bytes() == picture
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (2.34567, "2.346"), (-49.31, "-49.3"), (3234.3, "3234"), (0.01234, "0.01234"), (2e7, "2e+07")],
+)
+def test_numbers(value: float, text: str):
+    assert make_tables.number(value) == text
+
+
+def test_uneven_rows_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="Each row must have 2 values"):
+        harness.write_table(tmp_path / "x.json", "x", ["a", "b"], [["only one"]])

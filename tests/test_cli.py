@@ -1,0 +1,228 @@
+"""The commands, run in this process as the shell would run them."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+import torch as th
+
+import sb3_diffusion.cli as cli
+from sb3_diffusion import DTQL
+
+ENV_ID = "Pendulum-v1"
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+
+
+@pytest.fixture
+def log_file(tmp_path: Path) -> Path:
+    """A log of random actions in the pendulum, in D4RL's layout."""
+    env = gym.make(ENV_ID)
+    env.action_space.seed(0)
+    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    columns: dict[str, list] = {key: [] for key in keys}
+    for episode in range(2):
+        observation, _ = env.reset(seed=episode)
+        done = False
+        while not done:
+            action = env.action_space.sample()
+            next_observation, reward, terminated, truncated, _ = env.step(action)
+            for key, value in zip(
+                columns, (observation, action, reward, next_observation, terminated, truncated), strict=True
+            ):
+                columns[key].append(value)
+            observation, done = next_observation, terminated or truncated
+    path = tmp_path / "pendulum.hdf5"
+    with h5py.File(path, "w") as file:
+        for key, values in columns.items():
+            file[key] = np.asarray(values)
+    return path
+
+
+def run(*args: object) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+def train(log_file: Path, *args: object) -> int:
+    return run("train", "--dataset", log_file, "--env", ENV_ID, "--seed", 0, "--device", "cpu", "--episodes", 0, *args)
+
+
+def parameters(path: Path) -> dict[str, th.Tensor]:
+    return {f"{name}.{key}": value for name, state in DTQL.load(path, device="cpu").get_parameters().items()
+            for key, value in state.items() if isinstance(value, th.Tensor)}  # fmt: skip
+
+
+def test_train_and_evaluate(log_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    out = tmp_path / "run"
+    assert train(log_file, "--steps", 4, "--out", out, "--episodes", 1, "--eval-every", 2) == 0
+    assert "DTQL after 4 steps" in capsys.readouterr().out
+    assert np.load(out / "evaluations.npz")["timesteps"].tolist() == [2, 4]
+    assert (out / "best_model.zip").is_file()
+    assert DTQL.load(out / "model").num_timesteps == 4
+
+    assert run("evaluate", out / "model.zip", "--env", ENV_ID, "--episodes", 2, "--seed", 1, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["lengths"] == [200, 200]
+    assert report["mean"] == pytest.approx(np.mean(report["returns"]))
+    low, high = report["mean_interval_95"]
+    assert low <= report["mean"] <= high
+    # The environment is known from the file beside the model; equal seeds give equal episodes.
+    assert run("evaluate", out / "model.zip", "--episodes", 1, "--seed", 1, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["returns"][0] == pytest.approx(report["returns"][0], rel=1e-5)
+    assert again["mean_interval_95"] is None
+
+
+def test_interrupted_run_goes_on_exactly(log_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    assert train(log_file, "--steps", 9, "--out", tmp_path / "whole") == 0
+
+    one_step = DTQL.train
+
+    def train_until_signal(self: DTQL, *args, **kwargs) -> None:
+        one_step(self, *args, **kwargs)
+        if self.num_timesteps == 4:  # while step 5 is under way
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(DTQL, "train", train_until_signal)
+        assert train(log_file, "--steps", 9, "--out", tmp_path / "parts") == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (tmp_path / "parts" / "model.zip").exists()
+    output = capsys.readouterr().out
+    assert "Interrupted at 5 of 9 timesteps" in output
+    assert f"--resume {tmp_path / 'parts' / 'interrupted.zip'} --steps 9" in " ".join(output.split())
+
+    # Nothing else is said again: dataset, env and algorithm come from the file beside the model.
+    resumed = tmp_path / "parts" / "interrupted.zip"
+    assert run("train", "--resume", resumed, "--steps", 9, "--device", "cpu", "--episodes", 0) == 0
+    whole, parts = parameters(tmp_path / "whole" / "model"), parameters(tmp_path / "parts" / "model")
+    assert whole.keys() == parts.keys() and len(whole) > 10
+    for name, value in whole.items():
+        assert th.equal(value, parts[name]), name
+
+
+def test_online_run_keeps_its_replay_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    collect = DTQL.collect_rollouts
+
+    def collect_until_signal(self: DTQL, *args, **kwargs):
+        if self.num_timesteps == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect(self, *args, **kwargs)
+
+    options = ("--seed", 0, "--device", "cpu", "--episodes", 0, "--steps", 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(DTQL, "collect_rollouts", collect_until_signal)
+        assert run("train", "--env", ENV_ID, *options, "--out", tmp_path) == 130
+    stopped_at = DTQL.load(tmp_path / "interrupted").num_timesteps
+    sizes = []
+    load_replay_buffer = DTQL.load_replay_buffer
+
+    def load_and_look(self: DTQL, *args, **kwargs) -> None:
+        load_replay_buffer(self, *args, **kwargs)
+        sizes.append(self.replay_buffer.size())
+
+    monkeypatch.setattr(DTQL, "load_replay_buffer", load_and_look)
+    assert run("train", "--resume", tmp_path / "interrupted.zip", *options) == 0
+    assert sizes == [stopped_at - 1]  # a callback that stops comes before SB3 stores the step
+    assert DTQL.load(tmp_path / "model").num_timesteps == 12
+
+
+def test_fine_tuning_from_a_finished_model(log_file: Path, tmp_path: Path):
+    assert train(log_file, "--steps", 2, "--out", tmp_path / "offline") == 0
+    model, out = tmp_path / "offline" / "model.zip", tmp_path / "online"
+    assert run("train", "--resume", model, "--online", "--steps", 5, "--out", out, "--episodes", 0) == 0
+    assert DTQL.load(out / "model").num_timesteps == 5
+    assert DTQL.load(model).num_timesteps == 2
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert run("demo", "--steps", 8, "--episodes", 2, "--out", tmp_path / "demo") == 0
+    output = capsys.readouterr().out
+    assert "behaviour (the data)" in output and "DTQL after 8 steps" in output
+    assert (tmp_path / "demo" / "demo_learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert np.load(tmp_path / "demo" / "evaluations.npz")["results"].shape == (cli.DEMO_EVALUATIONS, 10)
+    assert DTQL.load(tmp_path / "demo" / "model").num_timesteps == 8
+
+
+def test_dataset_commands(log_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert run("dataset", "summary", log_file, "--json") == 1  # actions beyond the [-1, 1] that such files have by custom
+    capsys.readouterr()
+    with h5py.File(log_file, "a") as file:
+        file["actions"][...] = file["actions"][...] / 2
+    assert run("dataset", "summary", log_file, "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["n_episodes"], summary["n_steps"]) == (2, 400)
+    assert run("dataset", "summary", log_file) == 0
+    assert "2 episodes, 400 steps" in capsys.readouterr().out
+    assert run("dataset", "plot", log_file, "--out", tmp_path / "picture.png") == 0
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train"], "pass --dataset, --env or both"),
+        (["train", "--algo", "ppo", "--env", ENV_ID], "There is no algorithm 'ppo'; there are:"),
+        (["train", "--env", "NoSuchEnv-v0"], "NoSuchEnv"),
+        (["train", "--dataset", "no/such-v0"], "no/such-v0"),
+        (["train", "--resume", "nothing.zip"], "There is no file nothing.zip"),
+        (["evaluate", "nothing.zip", "--env", ENV_ID], "There is no model file nothing.zip"),
+        (["dataset", "make", "no/such-v0"], "There is no embedded dataset"),
+        (["dataset", "summary", "nothing.hdf5"], "nothing.hdf5"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture):
+    assert run(*args) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_foreign_model_file(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "model.zip").write_bytes(b"not a zip file")
+    assert run("evaluate", tmp_path / "model.zip", "--env", ENV_ID) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_finished_model_is_not_overwritten(log_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert train(log_file, "--steps", 1, "--out", tmp_path / "run") == 0
+    before = (tmp_path / "run" / "model.zip").read_bytes()
+    assert train(log_file, "--steps", 1, "--out", tmp_path / "run") == 1
+    assert "already holds a finished model.zip" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.zip").read_bytes() == before
+    assert run("train", "--resume", tmp_path / "run" / "model.zip", "--steps", 1) == 1
+    assert "more than the 1 timesteps" in capsys.readouterr().err
+
+
+def test_keyboard_interrupt_outside_of_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def interrupt(source: str, env_id: str | None = None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load_dataset", interrupt)
+    assert run("dataset", "summary", "anything") == 130
+
+
+@pytest.mark.parametrize("command", [["demo"], ["train"], ["evaluate"], ["dataset", "summary"]], ids=" ".join)
+def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        run(*command, "--help")
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert f"sb3-diffusion {' '.join(command)}" in output.split("usage:", 1)[1].split("\n", 1)[1]
+
+
+def test_without_tyro(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert run("demo") == 1
+    assert "sb3-diffusion[cli]" in capsys.readouterr().err
