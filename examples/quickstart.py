@@ -20,7 +20,8 @@ def main(n_offline: int = 3_000, n_online: int = 1_000) -> None:
     env_id = dataset.env_spec.id
     behavior = dataset.episode_returns.mean()
 
-    model = DTQL("MlpPolicy", env_id, dataset=dataset, seed=0)
+    small = dict(net_arch=[128, 128])
+    model = DTQL("MlpPolicy", env_id, dataset=dataset, normalize_observations=True, policy_kwargs=small, seed=0)
     model.learn(n_offline, progress_bar=True)
     offline = evaluate(model, env_id, n_episodes=20, seed=1)
 

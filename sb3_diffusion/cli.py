@@ -10,6 +10,7 @@ import json as json_module
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from tqdm import TqdmExperimentalWarning
 
 from sb3_diffusion.evaluation import EvaluationResult, bootstrap_interval
 from sb3_diffusion.evaluation import evaluate as evaluate_model
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from sb3_diffusion.datasets import OfflineDataset
 
 DEMO_EVALUATIONS = 8
+# Smaller networks than the default ones, for a small task on a small machine.
+DEMO_SETTINGS: dict[str, Any] = {"normalize_observations": True, "policy_kwargs": {"net_arch": [128, 128]}}
 SUCCESS, USER_ERROR, INTERRUPTED = 0, 1, 130
 
 
@@ -39,7 +43,7 @@ def demo(
     out: Path = Path("sb3_diffusion_demo"),
     *,
     dataset: str | None = None,
-    steps: int = 8_000,
+    steps: int = 6_000,
     episodes: int = 20,
     seed: int = 0,
 ) -> int:
@@ -69,7 +73,7 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     print(data)
     print(f"Training DTQL on it: {steps} gradient steps, {DEMO_EVALUATIONS} evaluations in {env_id} on the way.")
-    model = DTQL("MlpPolicy", env_id, dataset=data, seed=seed)
+    model = DTQL("MlpPolicy", env_id, dataset=data, seed=seed, **DEMO_SETTINGS)
     eval_env = make_vec_env(env_id, 10, seed=seed + 1_000)
     curve = EvalCallback(
         eval_env, n_eval_episodes=10, eval_freq=max(1, steps // DEMO_EVALUATIONS), log_path=str(out), verbose=0
@@ -334,13 +338,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return Union[tuple(members)]  # noqa: UP007
 
     try:
-        return tyro.cli(
-            group(COMMANDS),
-            prog="sb3-diffusion",
-            description="Diffusion-model reinforcement learning on logged data and live.",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TqdmExperimentalWarning)  # about tqdm's rich bar, which SB3 uses
+            return tyro.cli(
+                group(COMMANDS),
+                prog="sb3-diffusion",
+                description="Diffusion-model reinforcement learning on logged data and live.",
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except (ValueError, OSError, ImportError, BadZipFile, gym.error.Error) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return USER_ERROR

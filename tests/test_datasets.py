@@ -255,7 +255,7 @@ def test_check_spaces():
         data.check_spaces(spaces.Box(-1, 1, (3,)), ACTION_SPACE)
     with pytest.raises(ValueError, match=r"dataset\.stack\(2\)"):
         data.check_spaces(spaces.Box(-1, 1, (4,)), ACTION_SPACE)
-    with pytest.raises(ValueError, match="action space does not match.*different bounds"):
+    with pytest.raises(ValueError, match=r"action space does not match.*different bounds"):
         data.check_spaces(OBS_SPACE, spaces.Box(-2, 2, (1,)))
     with pytest.raises(ValueError, match="Box against Discrete"):
         data.check_spaces(spaces.Discrete(2), ACTION_SPACE)
@@ -496,7 +496,7 @@ def test_minari_bad_data():
     with pytest.raises(ValueError, match="is empty"):
         load_dataset("test/empty-v0")
     write_minari("test/short-v0", [episode(0, 3, True, False), episode(0, 3, True, False, actions=np.zeros((2, 1)))])
-    with pytest.raises(ValueError, match="Episode 1 has 3 rewards.*'actions': 2"):
+    with pytest.raises(ValueError, match=r"Episode 1 has 3 rewards.*'actions': 2"):
         load_dataset("test/short-v0")
     same = episode(0, 3, True, False)
     write_minari("test/same-v0", [{**same, "observations": same["observations"][:-1]}])
@@ -505,7 +505,7 @@ def test_minari_bad_data():
     recorded = write_minari("test/nan-v0", [episode(0, 3, True, False), episode(0, 4, True, False)])
     with h5py.File(recorded.storage.data_path / "main_data.hdf5", "a") as file:
         file["episode_1/rewards"][2] = np.nan
-    with pytest.raises(ValueError, match="`rewards` must be finite.*episode 1, step 2"):
+    with pytest.raises(ValueError, match=r"`rewards` must be finite.*episode 1, step 2"):
         load_dataset("test/nan-v0")
     recorded.storage.update_metadata({"total_steps": 9})
     with pytest.raises(ValueError, match="announces 9 steps but its episodes hold 7"):
@@ -589,6 +589,20 @@ def test_d4rl_without_next_observations(tmp_path: Path):
     assert np.flatnonzero(data.truncations).tolist() == [4, 9]
     assert data.rewards.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert data.env_spec is None and data.ref_max_score is None
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_flat_arrays_overwrite_their_source_only_if_allowed(copy: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sb3_diffusion.datasets.d4rl_hdf5._CHUNK", 3)
+    arrays = toy_arrays(40, (3, 20))
+    timeouts = np.zeros(40, bool)
+    timeouts[[0, 7, 8, 15, 30]] = True
+    before = {key: array.copy() for key, array in arrays.items()}
+    data = from_flat_arrays(**arrays, timeouts=timeouts, copy=copy)
+    kept = [i for i in range(40) if i not in (0, 7, 8, 15, 30, 39)]
+    assert data.observations[:, 0].tolist() == kept and data.rewards.tolist() == kept
+    assert data.next_observations[:, 0].tolist() == [i if i in (3, 20) else i + 1 for i in kept]
+    assert copy == all((arrays[key] == before[key]).all() for key in arrays)
 
 
 def test_d4rl_with_next_observations_and_dangling_end(tmp_path: Path):
@@ -698,11 +712,11 @@ def test_arrays_action_range():
     arrays["actions"] = arrays["actions"] * 2
     with pytest.raises(ValueError, match=r"from -2.0 to 2.0.*Give `action_space`"):
         load_dataset(arrays)
-    assert load_dataset(arrays, action_space=spaces.Box(-2, 2, (1,))).actions.max() == 2.0
+    assert load_dataset(arrays, action_space=spaces.Box(-2, 2, (1,))).actions.min() == -2.0
     with pytest.raises(ValueError, match="lie outside of the action space"):
         load_dataset(arrays, action_space=spaces.Box(-1, 1, (1,)))
     with pytest.warns(UserWarning, match="they are clipped"):
-        assert load_dataset(arrays, action_space=spaces.Box(-1, 1, (1,)), clip_actions=True).actions.max() == 1.0
+        assert load_dataset(arrays, action_space=spaces.Box(-1, 1, (1,)), clip_actions=True).actions.min() == -1.0
     arrays["actions"] = np.zeros(12, int)
     with pytest.raises(TypeError, match="looks like discrete"):
         load_dataset(arrays)
@@ -714,21 +728,21 @@ def test_arrays_bad():
     arrays = toy_arrays()
     with pytest.raises(ValueError, match="rewards missing"):
         load_dataset({key: value for key, value in arrays.items() if key != "rewards"})
-    with pytest.raises(ValueError, match="lengths .*rewards 3"):
+    with pytest.raises(ValueError, match=r"lengths .*rewards 3"):
         load_dataset({**arrays, "rewards": np.zeros(3)})
     with pytest.raises(ValueError, match="is empty"):
         load_dataset({key: value[:0] for key, value in arrays.items()})
     bad = arrays["observations"].copy()
     bad[6] = np.nan
-    with pytest.raises(ValueError, match="`observations` must be finite.*nan at episode 1, step 2"):
+    with pytest.raises(ValueError, match=r"`observations` must be finite.*nan at episode 1, step 2"):
         load_dataset({**arrays, "observations": bad})
     terminals = arrays["terminals"].astype(float)
     terminals[5] = np.nan
-    with pytest.raises(ValueError, match="`terminals` must hold 0 or 1.*nan at episode 1, step 1"):
+    with pytest.raises(ValueError, match=r"`terminals` must hold 0 or 1.*nan at episode 1, step 1"):
         load_dataset({**arrays, "terminals": terminals})
     actions = arrays["actions"].copy()
     actions[4] = np.inf
-    with pytest.raises(ValueError, match="`actions` must be finite.*inf at episode 1, step 0"):
+    with pytest.raises(ValueError, match=r"`actions` must be finite.*inf at episode 1, step 0"):
         load_dataset({**arrays, "actions": actions})
     with pytest.raises(ValueError, match="No step has a successor"):
         load_dataset({key: value[:1] for key, value in arrays.items()})
@@ -950,7 +964,7 @@ def test_make_env_brings_its_dataset():
         env,
         gym.wrappers.RescaleAction(env, -1.0, 1.0),
         DummyVecEnv([lambda: env]),
-        VecNormalize(VecFrameStack(DummyVecEnv([lambda: gym.wrappers.TimeAwareObservation(env)] * 2), 2)),
+        VecNormalize(VecFrameStack(DummyVecEnv([lambda: gym.wrappers.TransformReward(env, float)]), 2)),
     ):
         assert find_dataset(wrapped) is data
     assert find_dataset(gym.make("Pendulum-v1")) is None
@@ -1054,7 +1068,8 @@ def test_nested_dict_environment_fits_its_data():
     if "SB3DiffusionNested-v0" not in gym.registry:
         gym.register("SB3DiffusionNested-v0", entry_point=NestedEnv, max_episode_steps=10)
     env = gym.make("SB3DiffusionNested-v0")
-    arrays: dict[str, Any] = {**toy_arrays(4, ()), "observations": {"state": np.zeros((4, 2)), "goal": {"kettle": np.zeros((4, 1)), "light": np.zeros((4, 2))}}}  # fmt: skip
+    goal = {"kettle": np.zeros((4, 1)), "light": np.zeros((4, 2))}
+    arrays: dict[str, Any] = {**toy_arrays(4, ()), "observations": {"state": np.zeros((4, 2)), "goal": goal}}
     data = load_dataset(arrays, env_spec=env.spec)
     assert set(data.observations) == {"state", "goal.kettle", "goal.light"}
     env = make_dataset_env(data)

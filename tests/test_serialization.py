@@ -37,6 +37,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.her import HerReplayBuffer
 from stable_baselines3.sac.policies import MultiInputPolicy
 
+from sb3_diffusion.buffers.storage import EpisodeReplayBuffer
 from sb3_diffusion.common import allowlist, archive
 from sb3_diffusion.common.serialization import (
     SCHEMA_VERSION,
@@ -1184,6 +1185,18 @@ def test_rows_that_were_never_written_take_no_space(tmp_path: pathlib.Path) -> N
     assert back.infos[1, 0] == {}, "every element has its own dictionary"
 
 
+@pytest.mark.parametrize("n_steps", [7, 33])
+@pytest.mark.parametrize("space", [FLAT, GOALS], ids=["flat", "dict"])
+def test_the_buffer_of_this_package_round_trips(space: spaces.Space, n_steps: int, tmp_path: pathlib.Path) -> None:
+    buffer = fill(EpisodeReplayBuffer(40, space, ACTIONS, device="cpu", n_envs=2), n_steps)
+    save_replay_buffer(buffer, tmp_path / "b")
+    back = load_replay_buffer(tmp_path / "b", device="cpu")
+    assert type(back) is EpisodeReplayBuffer and back.observation_space == space and back.pos == buffer.pos
+    assert_same(samples(back), samples(buffer))
+    fill(back, 9), fill(buffer, 9)
+    assert_same(samples(back), samples(buffer))
+
+
 class OwnBuffer(ReplayBuffer):
     pass
 
@@ -1261,6 +1274,7 @@ def test_a_replay_file_is_not_a_model_and_a_pickled_buffer_is_refused(tmp_path: 
     write_archive(tmp_path / "c", "replay_buffer", {"replay_buffer_class": {"$class": f"os:{wrong}"}, "values": {}}, {})
     with pytest.raises(FileFormatError, match="refused"):
         load_replay_buffer(tmp_path / "c")
-    write_archive(tmp_path / "d", "replay_buffer", {"values": {}}, {})
-    with pytest.raises(FileFormatError, match="does not name the class"):
-        load_replay_buffer(tmp_path / "d")
+    for named in ({}, {"replay_buffer_class": 5}, {"replay_buffer_class": None}, {"replay_buffer_class": {"$tuple": []}}):
+        write_archive(tmp_path / "d", "replay_buffer", {**named, "values": {}}, {})
+        with pytest.raises(FileFormatError, match="does not name the class"):
+            load_replay_buffer(tmp_path / "d")

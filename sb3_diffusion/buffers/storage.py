@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 
 try:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 except ImportError:
     psutil = None  # type: ignore[assignment]
 
@@ -176,14 +176,13 @@ class EpisodeReplayBuffer(ReplayBuffer):
         rewards, ``next_observations`` and ``dones`` belong to the last of these steps, and ``discounts`` is ``gamma`` to
         the power of their number. They end early where the episode does, and at the write head.
     :param gamma: discount factor, for ``n_steps`` above 1
-    :param generator: of the random indices. None makes one on ``device``, seeded from torch's global generator.
+    :param generator: of the random indices. None makes one on ``device`` at its first use, seeded from torch's global
+        generator.
     :raises ValueError: if arguments are out of range or exclude each other
     """
 
     observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]
     next_observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]
-    generator: th.Generator
-    """Draws the indices."""
 
     def __init__(
         self,
@@ -216,9 +215,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self.n_steps = n_steps
         self.gamma = gamma
         self.read_only = False
-        if generator is None:
-            generator = th.Generator(self.device).manual_seed(int(th.randint(2**62, (1,)).item()))
-        self.generator = generator
+        self._generator = generator
         self._allocate(max(buffer_size // n_envs, 1))
 
     @classmethod
@@ -262,6 +259,17 @@ class EpisodeReplayBuffer(ReplayBuffer):
             )
         buffer._adopt(dataset)
         return buffer
+
+    @property
+    def generator(self) -> th.Generator:
+        """Draws the indices; may be replaced."""
+        if self._generator is None:
+            self._generator = th.Generator(self.device).manual_seed(int(th.randint(2**62, (1,)).item()))
+        return self._generator
+
+    @generator.setter
+    def generator(self, generator: th.Generator) -> None:
+        self._generator = generator
 
     # Storage ----------------------------------------------------------------------------------------------------------
 
@@ -456,11 +464,8 @@ class EpisodeReplayBuffer(ReplayBuffer):
         last_done = np.count_nonzero(self.dones[self.pos - 1])
         if n_new == 0 and last_done == self._last_done:
             return
-        if n_new >= self.buffer_size:
-            self._index_all()
-            return
         self._n_indexed, self._last_done = self._n_added, int(last_done)
-        first = max(self._n_added - n_new - 1, 0)
+        first = max(self._n_added - min(n_new + 1, self.buffer_size), 0)
         rows = np.arange(first, self._n_added) % self.buffer_size
         for offset, env in np.argwhere((self.dones[rows] != 0) | (self.timeouts[rows] != 0)):
             self._end_episode(first + int(offset), env)
@@ -830,18 +835,19 @@ class EpisodeReplayBuffer(ReplayBuffer):
             _fill(array[:length], state.get(name), name)
         fresh._n_added = n_filled + (pos if full else 0)
         fresh._index_all()
-        fresh.generator = generator
+        fresh._generator = generator
         self.__dict__ = fresh.__dict__
 
-    def _restored_generator(self, device_type: str, generator_state: Any) -> th.Generator:
+    def _restored_generator(self, device_type: str, generator_state: Any) -> th.Generator | None:
         """
         :param device_type: kind of device of the state
         :param generator_state: uint8 array
-        :return: a new generator at that state, or the present one if it is on another kind of device
+        :return: a new generator at that state, or what is there now if the state is for another kind of device
         """
-        if device_type != self.generator.device.type:
-            return self.generator
-        generator = th.Generator(self.generator.device)
+        device = self.device if self._generator is None else self._generator.device
+        if device_type != device.type:
+            return self._generator
+        generator = th.Generator(device)
         try:
             generator.set_state(th.tensor(np.asarray(generator_state, dtype=np.uint8)))
         except (RuntimeError, TypeError, ValueError) as error:
@@ -852,7 +858,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         """
         :return: attributes for copying; without the mirror, whose views would not follow
         """
-        return {**self.__dict__, "_mirror": None}
+        return {**self.__dict__, "_generator": self.generator, "_mirror": None}
 
 
 _STATE_NUMBERS: dict[str, type] = {

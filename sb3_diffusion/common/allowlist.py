@@ -20,7 +20,7 @@ from stable_baselines3.common.noise import (
     OrnsteinUhlenbeckActionNoise,
     VectorizedActionNoise,
 )
-from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
@@ -31,7 +31,6 @@ from stable_baselines3.her.goal_selection_strategy import GoalSelectionStrategy
 #: must have. A class in any other slot is written by name only and must be given back through ``custom_objects``.
 SLOT_BASES: dict[str, type] = {
     "policy_class": BasePolicy,
-    "module_class": BaseModel,
     "features_extractor_class": BaseFeaturesExtractor,
     "activation_fn": th.nn.Module,
     "normalization_class": th.nn.Module,

@@ -180,8 +180,8 @@ def load_replay_buffer(
     decoder = Decoder(archive.tensors, custom_objects)
     named = {name: obj for name, obj in archive.config.items() if name == "replay_buffer_class"}
     cls = decoder.decode_all(named).get("replay_buffer_class")
-    if cls is None:
-        raise FileFormatError("The file does not name the class of its replay buffer.")
+    if not (isinstance(cls, type) and issubclass(cls, ReplayBuffer)):
+        raise FileFormatError(f"The file does not name the class of its replay buffer, it holds {cls!r} in its place.")
     values = decoder.decode_all(archive.config.get("values", {}))
     if "state" in archive.config:
         state = decoder.decode_all(archive.config["state"], prefix="state")
@@ -191,7 +191,7 @@ def load_replay_buffer(
     buffer = cls.__new__(cls)
     set_attributes(buffer, {**values, "device": get_device(device)})
     if hasattr(cls, "set_env"):
-        buffer.env = None
+        buffer.env = None  # type: ignore[attr-defined]
     _check_buffer(buffer)
     return buffer
 

@@ -23,6 +23,8 @@ from sb3_diffusion.datasets.reference_scores import D4RL_LABEL, d4rl_env_id, d4r
 _REQUIRED = ("observations", "actions", "rewards", "terminals")
 # Suffixes by which a string is taken for a file.
 HDF5_SUFFIXES = (".hdf5", ".h5")
+# Rows moved together.
+_CHUNK = 65_536
 
 
 def d4rl_folder() -> Path:
@@ -126,6 +128,7 @@ def load_d4rl(
         score_label=None if scores is None else D4RL_LABEL,
         name=name,
         clip_actions=clip_actions,
+        copy=False,
     )
 
 
@@ -146,6 +149,7 @@ def from_flat_arrays(
     score_label: str | None = None,
     name: str = "",
     clip_actions: bool = False,
+    copy: bool = True,
 ) -> OfflineDataset:
     """
     Make episodes of D4RL's flat arrays.
@@ -171,6 +175,7 @@ def from_flat_arrays(
     :param score_label: see there
     :param name: see there
     :param clip_actions: see there
+    :param copy: False saves memory where rows must be dropped: the arrays given are then overwritten
     :return: the flat dataset
     :raises ValueError: on bad data, or if the action space cannot be told from the data
     :raises TypeError: on discrete actions
@@ -207,10 +212,12 @@ def from_flat_arrays(
                 "T - 1 steps; got only episodes of one row."
             )
         next_observations = _rows(observations, keep_next)
-        rows = np.flatnonzero(keep)
-        if len(rows) < n_rows:
-            observations = _rows(observations, rows)
-        actions, rewards, ends, cuts = actions[rows], rewards[rows], ends[rows], moved[rows]
+        if not keep.all():
+            rows = np.flatnonzero(keep)
+            observations, actions, rewards = (_rows(array, rows, copy) for array in (observations, actions, rewards))
+            ends, cuts = ends[rows], moved[rows]
+        else:
+            cuts = moved
     return OfflineDataset(
         observations,
         actions,
@@ -364,12 +371,18 @@ def _none_or(function: Any, value: Any) -> Any:
     return None if value is None else function(value)
 
 
-def _rows(observations: Observations, rows: np.ndarray) -> Observations:
+def _rows(arrays: Any, rows: np.ndarray, copy: bool = True) -> Any:
     """
-    :param observations: array or dict of arrays
-    :param rows: indices
-    :return: copies of these rows
+    :param arrays: array or dict of arrays
+    :param rows: which rows
+    :param copy: False moves the rows to the front of the array that is there; they must be ascending and unique
+    :return: these rows
     """
-    if isinstance(observations, dict):
-        return {key: array[rows] for key, array in observations.items()}
-    return observations[rows]
+    if isinstance(arrays, dict):
+        return {key: _rows(array, rows, copy) for key, array in arrays.items()}
+    if copy:
+        return arrays[rows]
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        arrays[start : start + len(chunk)] = arrays[chunk]
+    return arrays[: len(rows)]

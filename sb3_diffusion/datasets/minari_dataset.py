@@ -91,7 +91,7 @@ def load_minari(dataset: Any, *, clip_actions: bool = False) -> OfflineDataset:
     reader.check_full(dataset.id)
 
     metadata = dataset.storage.metadata
-    scores = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+    scores: tuple[float | None, ...] = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
     label = None if None in scores else "dataset metadata"
     table = minari_scores(dataset.id)
     if label is None and table is not None:
@@ -280,7 +280,7 @@ def _iterate_hdf5(path: Path, indices: Iterable[int]) -> Iterator[_EpisodeArrays
             yield (_read_group(group["observations"], h5py.Group), group["actions"][()], *flags)
 
 
-def _read_group(node: Any, group_class: type) -> Any:
+def _read_group(node: Any, group_class: Any) -> Any:
     """
     :param node: HDF5 dataset or group of them
     :param group_class: ``h5py.Group``

@@ -48,7 +48,7 @@ def from_replay_buffer(buffer: Any, name: str = "replay buffer") -> OfflineDatas
     observations = _gather(buffer.observations, rows, space)
     if optimized:
         successors = (rows[:, None] + ~ends) % buffer.buffer_size
-        next_observations = _gather_each(buffer.observations, successors, space)
+        next_observations: Observations = _gather_each(buffer.observations, successors, space)
     else:
         next_observations = _gather(buffer.next_observations, rows, space)
     return OfflineDataset(
@@ -114,7 +114,7 @@ def _unscaled(actions: np.ndarray, space: spaces.Box) -> np.ndarray:
         if np.isfinite(actions).all():
             raise ValueError(
                 "A replay buffer must hold actions scaled to [-1, 1], as SB3's algorithms store them: got values from "
-                f"{actions.min()} to {actions.max()}. If you filled it with actions in env units, give a dict of arrays instead."
+                f"{actions.min()} to {actions.max()}. If you filled it with actions in env units, give a dict of arrays."
             )
     actions = actions.reshape(len(actions), *space.shape)
     if not space.is_bounded():

@@ -241,6 +241,7 @@ class DTQLPolicy(DiffusionPolicy):
         if net_arch is not None:
             pi, qf = get_actor_critic_arch(net_arch)
             arch = dict(pi=pi, qf=qf, behavior=net_arch.get("behavior", pi) if isinstance(net_arch, dict) else pi)
+        self.net_arch = arch
         self._network_arguments: dict[str, Any] = dict(
             observation_space=observation_space,
             action_space=action_space,

@@ -1,0 +1,80 @@
+"""The registry of algorithms: one line here gives an algorithm the whole suite."""
+
+from typing import Any
+
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+
+from sb3_diffusion import DTQL, OfflineAlgorithm
+
+FEATURES = ("images", "her", "n_steps", "multi_discrete", "learns_online")
+
+
+class AlgoSpec:
+    """
+    An algorithm, small enough for tests.
+
+    :param cls: class of the algorithm
+    :param name: name in the report; by default that of the class
+    :param lacks: which of ``FEATURES`` it does not have
+    :param bandit: arguments with which it learns the bandit of ``test_identity.py`` well
+    :param kwargs: constructor arguments
+    """
+
+    def __init__(
+        self,
+        cls: type[OfflineAlgorithm],
+        name: str | None = None,
+        lacks: tuple[str, ...] = (),
+        bandit: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert set(lacks) <= set(FEATURES), lacks
+        self.cls, self.name, self.lacks, self.bandit = cls, name or cls.__name__, lacks, bandit or {}
+        self.kwargs = {"batch_size": 8, "learning_starts": 10, "buffer_size": 1_000, "seed": 0, "device": "cpu", **kwargs}
+
+    def make(self, env: Any = None, dataset: Any = None, policy: str | None = None, **kwargs: Any) -> Any:
+        """
+        Build the algorithm with small networks; ``policy_kwargs`` are merged into the small ones.
+
+        :param env: as in the constructor
+        :param dataset: as in the constructor
+        :param policy: by default the alias that fits the observations
+        :param kwargs: further constructor arguments
+        :return: the model
+        """
+        if policy is None:
+            space = getattr(env if env is not None else dataset, "observation_space", None)
+            policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
+            policy = "CnnPolicy" if space is not None and is_image_space(space) else policy
+        policy_kwargs = {**self.kwargs.get("policy_kwargs", {}), **kwargs.pop("policy_kwargs", {})}
+        return self.cls(policy, env, dataset=dataset, **{**self.kwargs, **kwargs, "policy_kwargs": policy_kwargs})
+
+    def need(self, *features: str) -> None:
+        """Skip the running test if the algorithm lacks one of the features."""
+        for feature in features:
+            if feature in self.lacks:
+                pytest.skip(f"{self.name} has no {feature}")
+
+
+ALGOS = [
+    AlgoSpec(
+        DTQL,
+        bandit=dict(policy_kwargs=dict(net_arch=[32, 32]), learning_rate=3e-3, critic_learning_rate=3e-3, batch_size=64),
+        policy_kwargs=dict(net_arch=[16]),
+    ),
+]
+
+VARIANTS = [  # further settings of the algorithms for the tests of the life cycle
+    *ALGOS,
+    AlgoSpec(
+        DTQL,
+        name="DTQL-implicit-KL",
+        actor_type="implicit",
+        regularizer="kl",
+        n_action_samples=3,
+        normalize_observations=True,
+        policy_kwargs=dict(net_arch=[16]),
+    ),
+]
