@@ -57,6 +57,9 @@ def run(options: argparse.Namespace) -> None:
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = folder
+        # the package need not be installed
+        root = str(Path(__file__).resolve().parent.parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         sources = {
             "Minari, HDF5": MINARI_ID,
             "D4RL layout, `next_observations` stored": f"{folder}/with.hdf5",
@@ -106,8 +109,8 @@ def run(options: argparse.Namespace) -> None:
         text=(
             f"{options.episodes} episodes of {options.steps} steps, {N_OBSERVATIONS} observations (float64 on the disk) and "
             f"{N_ACTIONS} actions, files in the disk cache, {options.repeats} loads, each in a process of its own. Peak "
-            "memory is the largest resident size of the process less that after its imports. *Kept* are all arrays of the dataset, "
-            "observations and next observations once each; the last column leaves the next observations out."
+            "memory is the largest resident size of the process less that after its imports. *Kept* are all arrays of the "
+            "dataset, observations and next observations once each; the last column leaves the next observations out."
         ),
     )
 

@@ -9,7 +9,7 @@ from sb3_diffusion.datasets import DEFAULT_DATASET_ID
 from sb3_diffusion.evaluation import evaluate
 
 
-def main(n_offline: int = 3_000, n_online: int = 1_000) -> None:
+def main(n_offline: int = 4_000, n_online: int = 1_000) -> None:
     """
     :param n_offline: gradient steps on the data
     :param n_online: env steps of fine-tuning

@@ -43,7 +43,7 @@ def demo(
     out: Path = Path("sb3_diffusion_demo"),
     *,
     dataset: str | None = None,
-    steps: int = 6_000,
+    steps: int = 4_000,
     episodes: int = 20,
     seed: int = 0,
 ) -> int:

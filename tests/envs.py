@@ -48,7 +48,11 @@ class PointGoalEnv(gym.Env):
     def _observation(self) -> Any:
         if not self.as_dict:
             return np.concatenate([self.position, self.goal])
-        return {"observation": self.position, "achieved_goal": self.position, "desired_goal": self.goal}
+        return {
+            "observation": self.position.copy(),
+            "achieved_goal": self.position.copy(),
+            "desired_goal": self.goal.copy(),
+        }
 
     def render(self) -> np.ndarray:
         return np.zeros((8, 8, 3), np.uint8)
@@ -81,10 +85,10 @@ class BanditEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.state = self.np_random.uniform(-0.8, 0.8, 1).astype(np.float32)
-        return self.state, {}
+        return self.state.copy(), {}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self.state, -float(np.abs(action - self.state).sum()), True, False, {}
+        return self.state.copy(), -float(np.abs(action - self.state).sum()), True, False, {}
 
 
 class CountingWrapper(gym.Wrapper):

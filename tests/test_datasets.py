@@ -533,7 +533,8 @@ def test_minari_id_that_is_not_there(tmp_path: Path):
 
 
 def test_minari_reference_scores():
-    write_minari("test/scores-v0", [episode(0, 3, True, False)], ref_min_score=-1.0, ref_max_score=7.0)
+    recorded = write_minari("test/scores-v0", [episode(0, 3, True, False)])
+    recorded.storage.update_metadata({"ref_min_score": -1.0, "ref_max_score": 7.0})
     data = load_dataset("test/scores-v0")
     assert (data.ref_min_score, data.ref_max_score, data.score_label) == (-1.0, 7.0, "dataset metadata")
     write_minari("mujoco/hopper/medium-v0", [episode(0, 3, True, False)])

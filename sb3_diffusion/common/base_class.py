@@ -94,6 +94,8 @@ class OfflineAlgorithm(SavableAlgorithm):
     :param n_pretrain_steps: gradient steps of the pretraining phase; they count as offline timesteps
     :param reward_transform: None, ``"normalize"``, ``"iql_locomotion"``, ``"iql_antmaze"``, ``"cql_antmaze"`` or
         ``"antmaze"``; fitted to the dataset where it needs statistics and applied to all rewards that are learned from
+    :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
+        means yes, unless the environment is a ``VecNormalize`` that does it
     :param policy_kwargs: arguments of the policy
     :param stats_window_size: number of episodes that logged returns are averaged over
     :param tensorboard_log: folder of the TensorBoard log
@@ -130,6 +132,7 @@ class OfflineAlgorithm(SavableAlgorithm):
         offline_fraction: float = 0.5,
         n_pretrain_steps: int = 0,
         reward_transform: str | None = None,
+        normalize_observations: bool | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -180,6 +183,9 @@ class OfflineAlgorithm(SavableAlgorithm):
         self.offline_fraction = offline_fraction
         self.n_pretrain_steps = n_pretrain_steps
         self.reward_transform = reward_transform
+        if normalize_observations is None:
+            normalize_observations = not self._observations_come_normalized()
+        self.normalize_observations = normalize_observations
         self.reward_scale, self.reward_shift = REWARD_TRANSFORMS.get(reward_transform or "", (1.0, 0.0))
         self.dataset: OfflineDataset | None = data
         self.dataset_buffer: EpisodeReplayBuffer | None = None
@@ -219,7 +225,22 @@ class OfflineAlgorithm(SavableAlgorithm):
         model.default_total_timesteps = total_timesteps
         return model
 
+    def _observations_come_normalized(self) -> bool:
+        return self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs
+
+    def _check_single_normalization(self) -> None:
+        if self.normalize_observations and self._observations_come_normalized():
+            raise ValueError(
+                "Observations would be normalised twice, by VecNormalize and by `normalize_observations=True`: "
+                "set the latter to False, or build VecNormalize with norm_obs=False."
+            )
+
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        super().set_env(env, force_reset)
+        self._check_single_normalization()
+
     def _setup_model(self) -> None:
+        self._check_single_normalization()
         self._setup_lr_schedule()
         self.generator = th.Generator(device=self.device)
         self.acting_generator = th.Generator()

@@ -1,7 +1,8 @@
 """Networks between spaces and tensors that several algorithms share: observation normaliser, denoiser of actions, critic."""
 
 from collections.abc import Iterable
-from typing import Any
+from copy import deepcopy
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -10,12 +11,15 @@ from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim, is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
 from sb3_diffusion.common.denoisers import EDMDenoiser
 from sb3_diffusion.common.serialization import PickleFreeModule
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
 from sb3_diffusion.common.utils import make_optimizer
+
+SelfActor = TypeVar("SelfActor", bound="Actor")
 
 FLAT_KEY = "observation"
 """Name under which a normaliser keeps the statistics of a space that is not a ``Dict``."""
@@ -137,6 +141,7 @@ class Actor(Network, BasePolicy):
     r"""
     A network that turns an observation and a latent $z \sim N(0, I)$ into an action in [-1, 1].
 
+    ``predict`` acts with the ``averaged`` weights if there are any, and with the trained ones otherwise.
     ``deterministic=True`` takes $z = 0$. Otherwise latents come from ``generator``, or from torch's global one if None.
     """
 
@@ -144,6 +149,31 @@ class Actor(Network, BasePolicy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, squash_output=True, **kwargs)
+        self.averaged: Actor | None = None
+
+    def add_average(self) -> None:
+        """Keep a moving average of the weights to act with; it starts from the present ones."""
+        self.averaged = deepcopy(self).requires_grad_(False)
+
+    def update_average(self, decay: float) -> None:
+        """
+        Move the averaged weights towards the present ones; running statistics of batch normalisation are copied.
+
+        :param decay: share of the average that stays
+        """
+        assert self.averaged is not None
+        trained = dict(self.named_parameters())
+        averaged = dict(self.averaged.named_parameters())
+        polyak_update([trained[name] for name in averaged], averaged.values(), 1.0 - decay)
+        buffers = dict(self.named_buffers())
+        for name, buffer in self.averaged.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def train(self: SelfActor, mode: bool = True) -> SelfActor:
+        super().train(mode)
+        if self.averaged is not None:
+            self.averaged.train(False)
+        return self
 
     def latents(self, batch_size: int, deterministic: bool = False) -> th.Tensor:
         """
@@ -155,8 +185,21 @@ class Actor(Network, BasePolicy):
             return th.zeros(batch_size, self.action_dim, device=self.device)
         return th.randn(batch_size, self.action_dim, generator=self.generator).to(self.device)
 
+    def act(self, observations: PyTorchObs, latents: th.Tensor) -> th.Tensor:
+        """
+        Actions of the policy that acts.
+
+        :param observations: batch of observations
+        :param latents: $z$, shape ``(batch_size, action_dim)``
+        :return: actions in [-1, 1], shape ``(batch_size, action_dim)``
+        """
+        return self(observations, latents) if self.averaged is None else self.averaged(observations, latents)
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self(observation, self.latents(n_rows(observation), deterministic))
+        return self.act(observation, self.latents(n_rows(observation), deterministic))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(super()._get_constructor_parameters(), average=self.averaged is not None)
 
 
 class ActionDenoiser(Network):

@@ -68,7 +68,7 @@ def make_optimizer(
     Build an optimiser; Adam and AdamW take their fused form, one pass over all parameters, unless told otherwise.
 
     :param optimizer_class: class of the optimiser
-    :param parameters: what it changes
+    :param parameters: what it changes; those without gradients are left out
     :param learning_rate: initial learning rate
     :param optimizer_kwargs: further arguments of ``optimizer_class``
     :return: the optimiser
@@ -76,7 +76,7 @@ def make_optimizer(
     kwargs: dict[str, Any] = dict(optimizer_kwargs or {})
     if optimizer_class in (th.optim.Adam, th.optim.AdamW) and not {"fused", "foreach", "differentiable"} & kwargs.keys():
         kwargs["fused"] = True
-    return optimizer_class(parameters, lr=learning_rate, **kwargs)  # type: ignore[call-arg]
+    return optimizer_class([p for p in parameters if p.requires_grad], lr=learning_rate, **kwargs)  # type: ignore[call-arg]
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:

@@ -26,6 +26,9 @@ from sb3_diffusion.dtql.policies import (
 )
 from sb3_diffusion.dtql.presets import PRESETS
 
+MIN_SCALE = 1e-3
+"""Smallest number that action values are divided by."""
+
 
 class DTQL(OfflineAlgorithm):
     r"""
@@ -38,8 +41,12 @@ class DTQL(OfflineAlgorithm):
 
     Departures, and why:
 
-    * ``normalize_q=True`` divides the action values by their mean size, as Diffusion-QL does: ``trust_region_coef`` then
-      does not carry the scale of the rewards (published values run from 0.5 to 1500). Presets have it off.
+    * ``q_normalization="advantage"`` divides the action values by the standard deviation of the advantages of the data's
+      actions: ``trust_region_coef`` then does not carry the scale of the rewards (published values run from 0.5 to 1500),
+      and a critic that knows nothing yet cannot push the actor far. Presets have it off.
+    * The policy acts with a moving average of the actor's weights (``ema_decay``); the authors' code keeps one and never
+      uses it. Presets have it off.
+    * Vector observations are normalised (``normalize_observations``). Presets have it off.
     * With pretraining, the actor is pretrained too (``pretrain_actor``), and the target critic is copied from the critic
       at its end (``sync_target_after_pretraining``); in the authors' code it is still the random initial one.
     * ``n_action_samples=1`` by default; the authors' code draws one of 1024 candidates by a softmax of target values, which
@@ -49,7 +56,6 @@ class DTQL(OfflineAlgorithm):
     * The value function learns from the online critics, as in the authors' code; ``value_from_target=True`` is the paper.
     * The trust-region loss is a mean over action dimensions, as in the code; the paper sums.
     * The implicit actor is bounded by a hyperbolic tangent, and so are the actions of the KL arm; the authors' is not.
-    * The averaged copies of $\mu_\phi$ and $\pi_\theta$ in the authors' code, which nothing uses, do not exist.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a policy class
     :param env: Gymnasium env, VecEnv, id or None; with None it comes from the dataset
@@ -76,7 +82,8 @@ class DTQL(OfflineAlgorithm):
     :param nll_jacobian: take the likelihood of the action itself; without it that of its inverse hyperbolic tangent
     :param regularizer: ``"trust_region"``, or ``"kl"`` for distillation by a second diffusion model of the actor's actions
     :param actor_type: ``"gaussian"`` (tanh-Gaussian) or ``"implicit"`` (a network of noise and observation)
-    :param normalize_q: divide the action values in the actor's loss by their mean absolute value
+    :param q_normalization: what the action values in the actor's loss are divided by: ``"advantage"``, the running standard
+        deviation of the advantages of the data's actions; ``"magnitude"``, their own mean absolute value; None, nothing
     :param expectile: $\tau$ of the expectile regression of the state value, in (0, 1)
     :param value_from_target: regress the state value on the target critics instead of the online ones
     :param sync_target_after_pretraining: copy the critic into its target when pretraining ends
@@ -86,7 +93,10 @@ class DTQL(OfflineAlgorithm):
     :param sigma_min: smallest noise level
     :param sigma_max: largest noise level
     :param n_action_samples: candidates per observation when acting; one of several is drawn by a softmax of target values
-    :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy
+    :param ema_decay: decay of the moving average of the actor's weights that the policy acts with; 0 acts with the
+        weights themselves
+    :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
+        means yes, unless the environment is a ``VecNormalize`` that does it
     :param stats_window_size: number of episodes that logged returns are averaged over
     :param tensorboard_log: folder of the TensorBoard log
     :param policy_kwargs: arguments of [DTQLPolicy][sb3_diffusion.dtql.policies.DTQLPolicy]
@@ -132,12 +142,12 @@ class DTQL(OfflineAlgorithm):
         n_pretrain_steps: int = 0,
         reward_transform: str | None = None,
         trust_region_coef: float = 1.0,
-        q_coef: float = 1.0,
+        q_coef: float = 0.2,
         nll_coef: float = 0.0,
         nll_jacobian: bool = False,
         regularizer: str = "trust_region",
         actor_type: str = "gaussian",
-        normalize_q: bool = True,
+        q_normalization: str | None = "advantage",
         expectile: float = 0.7,
         value_from_target: bool = False,
         sync_target_after_pretraining: bool = True,
@@ -147,7 +157,8 @@ class DTQL(OfflineAlgorithm):
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         n_action_samples: int = 1,
-        normalize_observations: bool = False,
+        ema_decay: float = 0.999,
+        normalize_observations: bool | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -164,6 +175,8 @@ class DTQL(OfflineAlgorithm):
         check_range("sigma_max", sigma_max, sigma_min)
         check_choice("regularizer", regularizer, ("trust_region", "kl"))
         check_choice("actor_type", actor_type, ("gaussian", "implicit"))
+        check_choice("q_normalization", q_normalization, ("advantage", "magnitude", None))
+        check_range("ema_decay", ema_decay, 0.0, 1.0)
         if nll_coef > 0.0 and actor_type == "implicit":
             raise ValueError(f"`nll_coef` needs a likelihood, which an implicit actor lacks: got {nll_coef}; set it to 0.")
         super().__init__(
@@ -186,6 +199,7 @@ class DTQL(OfflineAlgorithm):
             offline_fraction=offline_fraction,
             n_pretrain_steps=n_pretrain_steps,
             reward_transform=reward_transform,
+            normalize_observations=normalize_observations,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -199,7 +213,7 @@ class DTQL(OfflineAlgorithm):
         self.nll_jacobian = nll_jacobian
         self.regularizer = regularizer
         self.actor_type = actor_type
-        self.normalize_q = normalize_q
+        self.q_normalization = q_normalization
         self.expectile = expectile
         self.value_from_target = value_from_target
         self.sync_target_after_pretraining = sync_target_after_pretraining
@@ -209,7 +223,7 @@ class DTQL(OfflineAlgorithm):
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self.n_action_samples = n_action_samples
-        self.normalize_observations = normalize_observations
+        self.ema_decay = ema_decay
         if _init_setup_model:
             self._setup_model()
 
@@ -224,6 +238,7 @@ class DTQL(OfflineAlgorithm):
             sigma_data=self.sigma_data,
             n_action_samples=self.n_action_samples,
             normalize_observations=self.normalize_observations,
+            average_actor=self.ema_decay > 0.0,
             critic_learning_rate=self.critic_lr_schedule(1.0),
         )
 
@@ -251,7 +266,9 @@ class DTQL(OfflineAlgorithm):
         self._update_learning_rates()
         for _ in range(gradient_steps):
             batch = self.sample_batch(batch_size)
-            self._minimize("critic_loss", self.critic, self._critic_loss(batch))
+            critic_loss, advantages = self._critic_loss(batch)
+            self._minimize("critic_loss", self.critic, critic_loss)
+            self._track_advantages(advantages)
             self._minimize("behavior_loss", self.behavior, self._behavior_loss(batch.observations, batch.actions))
             if self.pretraining:
                 if self.pretrain_actor:
@@ -264,6 +281,8 @@ class DTQL(OfflineAlgorithm):
                 polyak_update(self.critic.q_net.parameters(), self.critic_target.q_net.parameters(), self.tau)
                 polyak_update(self._batch_norm_stats, self._batch_norm_stats_target, 1.0)
             self._n_updates += 1
+            if self.ema_decay > 0.0:  # from the start an average over the updates so far
+                self.actor.update_average(min(self.ema_decay, self._n_updates / (self._n_updates + 10)))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _minimize(self, name: str, network: Network, loss: th.Tensor) -> None:
@@ -278,6 +297,11 @@ class DTQL(OfflineAlgorithm):
             self.policy.copy_critic_to_target()
         if self.regularizer == "kl":
             self.fake_behavior.load_state_dict(self.behavior.state_dict())
+
+    def _track_advantages(self, advantages: th.Tensor) -> None:
+        """Running standard deviation of the advantages, from the start an average over the updates so far."""
+        weight = max(0.01, 1.0 / (self._n_updates + 1))
+        self.policy.advantage_scale.lerp_(advantages.std(correction=0), weight)
 
     def _update_learning_rates(self) -> None:
         optimizers = [self.actor.optimizer, self.behavior.optimizer]
@@ -296,20 +320,24 @@ class DTQL(OfflineAlgorithm):
 
     # ---------------------------------------------------------------- losses
 
-    def _critic_loss(self, batch: ReplayBufferSamples) -> th.Tensor:
+    def _critic_loss(self, batch: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         r"""
         $L_V + L_Q$ (eqs. 6 and 7): $L_V = E[L_2^\tau(\min_i Q_i(s, a) - V(s))]$ and
         $L_Q = \sum_i E[(r + \gamma V(s') - Q_i(s, a))^2]$.
+
+        :return: the loss, and the advantages $\min_i Q_i(s, a) - V(s)$ of the batch, shape ``(batch_size, 1)``
         """
         features = self.critic.features(batch.observations)
-        q_values = self.critic.q_values(features, batch.actions)
+        q_values, values = self.critic.q_values(features, batch.actions), self.critic.values(features)
         with th.no_grad():
             q_data = self.critic_target(batch.observations, batch.actions) if self.value_from_target else q_values
             next_values = self.critic.values(self.critic.features(batch.next_observations))
             discounts = self.gamma if batch.discounts is None else batch.discounts
             targets = batch.rewards + (1.0 - batch.dones) * discounts * next_values
-        value_loss = expectile_loss(q_data.detach().amin(dim=0) - self.critic.values(features), self.expectile).mean()
-        return value_loss + (q_values - targets).square().mean(dim=(1, 2)).sum()
+        advantages = q_data.detach().amin(dim=0) - values
+        value_loss = expectile_loss(advantages, self.expectile).mean()
+        q_loss = (q_values - targets).square().mean(dim=(1, 2)).sum()
+        return value_loss + q_loss, advantages.detach()
 
     def _behavior_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         r"""$L(\phi) = E[w(\sigma) \|\mu_\phi(a + \sigma\epsilon, \sigma | s) - a\|^2]$ (eq. 2), a mean over dimensions."""
@@ -344,12 +372,18 @@ class DTQL(OfflineAlgorithm):
         r"""$L_\pi(\theta) = \alpha L_{TR}(\theta) - E[\min_i Q_i(s, a_\theta)]$ (eq. 5), and the entropy term if asked for."""
         actions = self.actor(batch.observations, self._draw_normal(batch.observations))
         q_values = self.critic(batch.observations, actions).amin(dim=0)
-        q_loss = -q_values.mean()
-        if self.normalize_q:
-            q_loss = q_loss / q_values.detach().abs().mean().clamp(min=1e-6)
+        q_loss = -q_values.mean() / self._q_scale(q_values.detach())
         regularize = self._kl_loss if self.regularizer == "kl" else self._trust_region_loss
         loss = self.trust_region_coef * regularize(batch.observations, actions) + self.q_coef * q_loss
         return loss + self.nll_coef * self._nll_loss(batch) if self.nll_coef > 0.0 else loss
+
+    def _q_scale(self, q_values: th.Tensor) -> th.Tensor | float:
+        """What action values are divided by in the actor's loss."""
+        if self.q_normalization == "advantage":
+            return self.policy.advantage_scale.clamp(min=MIN_SCALE)
+        if self.q_normalization == "magnitude":
+            return q_values.abs().mean().clamp(min=MIN_SCALE)
+        return 1.0
 
     def _nll_loss(self, batch: ReplayBufferSamples) -> th.Tensor:
         r"""$-E[\log \pi_\theta(a | s)]$ over the data, the entropy term of section 2."""

@@ -30,14 +30,24 @@ class GaussianActor(Actor):
 
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation after each of them
+    :param average: act with a moving average of the weights
     :param kwargs: arguments of [Network][sb3_diffusion.common.policies.Network]
     """
 
-    def __init__(self, *args: Any, net_arch: list[int], activation_fn: type[nn.Module] = nn.ReLU, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = nn.ReLU,
+        average: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._own_arguments = dict(net_arch=net_arch, activation_fn=activation_fn)
         layers = create_mlp(self.features_extractor.features_dim, 2 * self.action_dim, net_arch, activation_fn)
         self.net = nn.Sequential(*layers).apply(self.init_weights)
+        if average:
+            self.add_average()
 
     def distribution(self, observations: PyTorchObs) -> th.distributions.Normal:
         """
@@ -85,6 +95,7 @@ class ImplicitActor(Actor):
     :param activation_fn: activation after each of them
     :param time_embedding_dim: size of the embedding of the noise level
     :param sigma_data: standard deviation of the actions, scaled to [-1, 1]
+    :param average: act with a moving average of the weights
     :param kwargs: arguments of [Network][sb3_diffusion.common.policies.Network]
     """
 
@@ -95,6 +106,7 @@ class ImplicitActor(Actor):
         activation_fn: type[nn.Module] = Mish,
         time_embedding_dim: int = 16,
         sigma_data: float = 0.5,
+        average: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -110,6 +122,8 @@ class ImplicitActor(Actor):
             linear_first_layer=True,
         )
         self.denoiser = EDMDenoiser(net, sigma_data)
+        if average:
+            self.add_average()
 
     def forward(self, observations: PyTorchObs, latents: th.Tensor) -> th.Tensor:
         """
@@ -174,11 +188,14 @@ class DTQLPolicy(DiffusionPolicy):
     :param clip_denoised: bound the denoised actions to [-1, 1]
     :param n_action_samples: number of candidates drawn per observation when acting
     :param normalize_observations: normalise vector observations by frozen statistics of the data
+    :param average_actor: act with a moving average of the actor's weights
     :param critic_learning_rate: learning rate of the critic's optimiser at the start
     """
 
     actor: GaussianActor | ImplicitActor  # type: ignore[assignment]
     target_names = ("critic_target",)
+    advantage_scale: th.Tensor
+    """Running standard deviation of the advantages of the data's actions, shape ``()``."""
 
     def __init__(
         self,
@@ -202,6 +219,7 @@ class DTQLPolicy(DiffusionPolicy):
         clip_denoised: bool = True,
         n_action_samples: int = 1,
         normalize_observations: bool = False,
+        average_actor: bool = False,
         critic_learning_rate: float | None = None,
     ) -> None:
         super().__init__(
@@ -233,6 +251,7 @@ class DTQLPolicy(DiffusionPolicy):
             clip_denoised=clip_denoised,
             n_action_samples=n_action_samples,
             normalize_observations=normalize_observations,
+            average_actor=average_actor,
         )
         self.n_action_samples = n_action_samples
         self.share_features_extractor = share_features_extractor
@@ -264,6 +283,8 @@ class DTQLPolicy(DiffusionPolicy):
             if actor_type == "gaussian"
             else denoiser_arguments
         )
+        self._actor_arguments = dict(self._actor_arguments, average=average_actor)
+        self.register_buffer("advantage_scale", th.ones(()))
         self._critic_arguments: dict[str, Any] = dict(
             net_arch=arch["qf"], activation_fn=activation_fn or Mish, n_critics=n_critics, layer_norm=critic_layer_norm
         )
@@ -307,7 +328,7 @@ class DTQLPolicy(DiffusionPolicy):
             latents = self._shared_latents.to(self.device).repeat(batch_size, 1)
         else:
             latents = self.actor.latents(batch_size * n)
-        candidates = self.actor(repeated, latents)
+        candidates = self.actor.act(repeated, latents)
         q_values = self.critic_target(repeated, candidates).amin(dim=0).reshape(batch_size, n)
         if deterministic:
             chosen = q_values.argmax(dim=1)

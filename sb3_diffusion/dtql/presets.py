@@ -8,7 +8,10 @@ PUBLISHED: dict[str, Any] = dict(
     n_pretrain_steps=50_000,
     pretrain_actor=False,
     sync_target_after_pretraining=False,
-    normalize_q=False,
+    q_coef=1.0,
+    q_normalization=None,
+    ema_decay=0.0,
+    normalize_observations=False,
     n_action_samples=1024,
     critic_learning_rate=3e-4,
 )
