@@ -66,7 +66,9 @@ def main() -> None:
     }
     milliseconds = measure(parts)
     unit = milliseconds["matrix product"]
-    rows = [[name, round(value, 3), round(value / unit, 3)] for name, value in milliseconds.items()]
+    rows: list[list[str | float | int | None]] = [
+        [name, round(value, 3), round(value / unit, 3)] for name, value in milliseconds.items()
+    ]
     write_table(
         RESULTS / "update_cost.json",
         "Cost of DTQL's update and action",

@@ -68,8 +68,8 @@ class MixtureDenoiser(Denoiser):
 
 
 class NormalDenoiser(MixtureDenoiser):
-    """
-    Posterior mean of clean data from $N(m, s^2)$ in each dimension: $(s^2 x + \\sigma^2 m) / (s^2 + \\sigma^2)$ on EDM's scale.
+    r"""
+    Posterior mean of clean data from $N(m, s^2)$ in each dimension: $(s^2 x + \sigma^2 m) / (s^2 + \sigma^2)$ for EDM.
 
     :param mean: of each dimension
     :param std: of all dimensions

@@ -252,7 +252,7 @@ def test_trust_region_at_sigma_data_is_the_log_density() -> None:
 
 
 def test_gradient_of_the_trust_region_flows_through_both_occurrences() -> None:
-    """Through both (a - m) / s^2, as finite differences say; twice that without the estimate's path, minus it without the target's."""
+    """(a - m) / s^2, as finite differences say: twice that if the estimate is detached, the opposite if the target is."""
     mean, std, action = 0.3, SIGMA_DATA, 0.7
     denoiser = NormalDenoiser([mean], std)
     level = log_logistic_sigmas(midpoints(2000)).repeat_interleave(2)

@@ -37,16 +37,17 @@ def make_dataset(
     n: int = 60,
     terminations: np.ndarray | None = None,
     truncations: np.ndarray | None = None,
+    obs_scale: float = 1.0,
 ) -> OfflineDataset:
     """Random transitions; by default every tenth one terminates."""
     rng = np.random.default_rng(0)
     n = n if actions is None else len(actions)
     drawn = rng.uniform(-0.9, 0.9, (n, action_dim)).astype(np.float32)
     return OfflineDataset(
-        rng.normal(size=(n, OBS_DIM)).astype(np.float32),
+        (obs_scale * rng.normal(size=(n, OBS_DIM))).astype(np.float32),
         drawn if actions is None else actions,
         rng.normal(size=n).astype(np.float32) if rewards is None else rewards,
-        rng.normal(size=(n, OBS_DIM)).astype(np.float32),
+        (obs_scale * rng.normal(size=(n, OBS_DIM))).astype(np.float32),
         np.arange(n) % 10 == 9 if terminations is None else terminations,
         np.zeros(n, dtype=bool) if truncations is None else truncations,
         observation_space=box(OBS_DIM, 10.0),
@@ -298,8 +299,8 @@ def test_critic_targets_get_no_gradient() -> None:
     frozen = copy.deepcopy(model.critic)
     frozen.zero_grad()
     expectile_loss(q_values.amin(dim=0) - frozen.value_net(batch.observations), 0.7).mean().backward()
-    for online, target in zip(frozen(batch.observations, batch.actions), (targets, targets), strict=True):
-        nn.functional.mse_loss(online, target).backward()
+    for member in range(2):
+        nn.functional.mse_loss(frozen(batch.observations, batch.actions)[member], targets).backward()
     for parameter, expected in zip(model.critic.parameters(), frozen.parameters(), strict=True):
         th.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-6)
 
@@ -529,6 +530,7 @@ def unsquashed_model(nll_coef: float) -> tuple[DTQL, ReplayBufferSamples]:
     model = make_model(action_dim=1, nll_coef=nll_coef, q_coef=0.0)
     use_exact_behavior(model, [0.3])
     model.actor = UnsquashedActor()
+    model.critic.forward = lambda observations, actions: actions.expand(2, -1, -1)
     n = 500
     signs = th.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], dtype=th.float64).repeat(n, 1)
     stub_draws(model, [signs[:, :1], signs[:, 1:]], log_logistic_sigmas(midpoints(n)).repeat_interleave(4))
@@ -776,26 +778,28 @@ def test_each_part_of_the_critic_loss_matters_to_the_critic(kwargs: dict[str, An
 
 
 def bandit_actions(**kwargs: Any) -> np.ndarray:
-    """Train on a bandit with two modes of behaviour at -0.5 and 0.5 and reward a; actions of the trained policy."""
+    """Actions of a policy trained on a bandit: two modes of behaviour at -0.5 and 0.5, reward 0.5 a, observation 0."""
     rng = np.random.default_rng(0)
     n = 400
     actions = (np.where(np.arange(n) % 2, 0.5, -0.5) + 0.05 * rng.normal(size=n)).astype(np.float32).reshape(n, 1)
-    data = make_dataset(actions, actions[:, 0], action_dim=1, terminations=np.ones(n, dtype=bool))
-    settings: dict[str, Any] = dict(learning_rate=3e-3, critic_learning_rate=3e-3, batch_size=64, tau=0.05)
-    model = make_model(data, **{**settings, "policy_kwargs": dict(net_arch=[32, 32]), **kwargs})
-    model.train(gradient_steps=400, batch_size=64)
-    actions, _ = model.predict(data.observations)
+    ends = np.ones(n, dtype=bool)
+    data = make_dataset(actions, 0.5 * actions[:, 0], action_dim=1, terminations=ends, obs_scale=0.0)
+    settings: dict[str, Any] = dict(learning_rate=2e-3, critic_learning_rate=2e-3, tau=0.05, q_normalization=None)
+    model = make_model(
+        data, n_pretrain_steps=300, pretrain_actor=False, policy_kwargs=dict(net_arch=[32, 32]), **{**settings, **kwargs}
+    )
+    model.train(gradient_steps=500, batch_size=64)
+    actions, _ = model.predict(np.zeros((200, OBS_DIM), np.float32))
     return actions[:, 0]
 
 
 def test_trust_region_keeps_the_actor_in_the_best_mode_of_the_data() -> None:
-    inside, outside = bandit_actions(q_normalization=None), bandit_actions(q_normalization=None, trust_region_coef=0.0)
-    assert (np.abs(inside - 0.5) < 0.25).mean() > 0.95
-    assert (outside > 0.9).mean() > 0.95
+    assert (np.abs(bandit_actions() - 0.5) < 0.2).mean() > 0.95
+    assert (bandit_actions(trust_region_coef=0.0) > 0.9).mean() > 0.95
 
 
 def test_without_q_the_actor_is_in_a_mode_of_the_data() -> None:
-    assert (np.abs(np.abs(bandit_actions(q_coef=0.0)) - 0.5) < 0.25).mean() > 0.8
+    assert (np.abs(np.abs(bandit_actions(q_coef=0.0)) - 0.5) < 0.2).mean() > 0.95
 
 
 # ---------------------------------------------------------------- pretraining and target critic

@@ -3,8 +3,13 @@
 from typing import Any, TypeVar
 
 import torch as th
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 
 SamplesT = TypeVar("SamplesT", bound=tuple)
+
+
+Batch = ReplayBufferSamples | DictReplayBufferSamples
+"""What a buffer's ``sample`` returns: the observations of the second are dicts."""
 
 
 def concat_samples(first: SamplesT, second: SamplesT) -> SamplesT:

@@ -14,10 +14,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import (
-    DictReplayBufferSamples,
     GymEnv,
     MaybeCallback,
-    ReplayBufferSamples,
     Schedule,
     TrainFreq,
 )
@@ -25,7 +23,7 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_diffusion.buffers import EpisodeReplayBuffer, concat_samples
+from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer, concat_samples
 from sb3_diffusion.common.policies import DiffusionPolicy
 from sb3_diffusion.common.savable import SavableAlgorithm
 from sb3_diffusion.common.utils import check_choice, check_range
@@ -156,7 +154,7 @@ class OfflineAlgorithm(SavableAlgorithm):
             env = make_dataset_env(data) if data is not None else None
         super().__init__(
             policy=policy,
-            env=env,
+            env=env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             buffer_size=buffer_size,
             learning_starts=learning_starts,
@@ -247,7 +245,7 @@ class OfflineAlgorithm(SavableAlgorithm):
         self.set_random_seed(self.seed)
         if self.replay_buffer is None:
             self.replay_buffer = self._make_replay_buffer()
-        self.policy = self.policy_class(
+        self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,
             self.lr_schedule,
@@ -311,8 +309,8 @@ class OfflineAlgorithm(SavableAlgorithm):
         known: dict[str, Any] = {}
         if isinstance(source, Mapping):
             known["action_space"] = env.action_space
-            arrays, space = source.get("observations"), env.observation_space
-            if isinstance(space, spaces.Dict) or np.shape(arrays)[1:] == space.shape:
+            space = env.observation_space
+            if isinstance(space, spaces.Dict) or np.shape(source.get("observations", ()))[1:] == space.shape:
                 known["observation_space"] = space
         return load_dataset(source, **known)
 
@@ -358,7 +356,7 @@ class OfflineAlgorithm(SavableAlgorithm):
             spread = float(np.ptp(data.episode_returns))
             self.reward_scale = 1000.0 / spread if spread > 0.0 else 1.0
 
-    def sample_batch(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def sample_batch(self, batch_size: int) -> Batch:
         """
         Transitions to learn from: of the dataset, of the replay buffer, or of both, depending on the phase.
 
@@ -370,7 +368,7 @@ class OfflineAlgorithm(SavableAlgorithm):
             batch = batch._replace(rewards=batch.rewards * self.reward_scale + self.reward_shift)
         return batch
 
-    def _draw_batch(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def _draw_batch(self, batch_size: int) -> Batch:
         env = self._vec_normalize_env
         n_offline = 0
         if self.dataset_buffer is not None:

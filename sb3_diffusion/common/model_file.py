@@ -12,7 +12,7 @@ from sb3_diffusion.common.codec import Decoder, Encoder
 from sb3_diffusion.common.serialization import Archive, PathOrFile, existing_path, read_archive, with_suffix, write_archive
 
 if TYPE_CHECKING:
-    from sb3_diffusion.common.base_class import OfflineAlgorithm
+    from sb3_diffusion.common.savable import SavableAlgorithm
 
 KIND = "model"
 
@@ -34,7 +34,7 @@ class ModelFile(NamedTuple):
 
 
 def write_model(
-    model: "OfflineAlgorithm", path: PathOrFile, excluded: Iterable[str], vec_normalize: dict[str, Any] | None
+    model: "SavableAlgorithm", path: PathOrFile, excluded: Iterable[str], vec_normalize: dict[str, Any] | None
 ) -> None:
     """
     Write a model atomically; attributes that cannot be written are recorded by name, with one warning.

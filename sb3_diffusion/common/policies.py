@@ -42,7 +42,7 @@ class ObservationNormalizer(nn.Module):
             if isinstance(space, spaces.Box) and not is_image_space(space)
         ]
         for i, key in enumerate(self.keys):  # a key may hold characters that a buffer's name may not
-            shape = _subspaces(observation_space)[key].shape
+            shape = _subspaces(observation_space)[key].shape or ()
             self.register_buffer(f"mean_{i}", th.zeros(shape))
             self.register_buffer(f"std_{i}", th.ones(shape))
 

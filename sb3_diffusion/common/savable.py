@@ -117,7 +117,7 @@ class SavableAlgorithm(OffPolicyAlgorithm):
             if file.vec_normalize is not None:
                 env = wrap_vec_normalize(env, file.vec_normalize)
         with th.random.fork_rng():
-            model = cls(data["policy_class"], env, device=device, dataset=dataset, _init_setup_model=False)  # type: ignore[call-arg]
+            model = cls(data["policy_class"], env, device=device, dataset=dataset, _init_setup_model=False)  # type: ignore[call-arg,arg-type]
             if model.env is not None:
                 check_for_correct_spaces(model.env, data["observation_space"], data["action_space"])
                 data["n_envs"] = model.env.num_envs
@@ -149,7 +149,7 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :param device: not needed, tensors go where the networks are
         """
         parameters = load_path_or_dict if isinstance(load_path_or_dict, dict) else read_parameters(load_path_or_dict)
-        super().set_parameters(parameters, exact_match, device)
+        super().set_parameters(parameters, exact_match, device)  # type: ignore[arg-type]
 
     def save_replay_buffer(self, path: PathOrFile) -> None:  # type: ignore[override]
         """

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
 
+from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.policies import ActionDenoiser, Network, QCritic, n_rows
 from sb3_diffusion.common.schedules import log_logistic_sigmas
@@ -320,7 +321,7 @@ class DTQL(OfflineAlgorithm):
 
     # ---------------------------------------------------------------- losses
 
-    def _critic_loss(self, batch: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+    def _critic_loss(self, batch: Batch) -> tuple[th.Tensor, th.Tensor]:
         r"""
         $L_V + L_Q$ (eqs. 6 and 7): $L_V = E[L_2^\tau(\min_i Q_i(s, a) - V(s))]$ and
         $L_Q = \sum_i E[(r + \gamma V(s') - Q_i(s, a))^2]$.
@@ -368,7 +369,7 @@ class DTQL(OfflineAlgorithm):
         noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
         return self.fake_behavior.loss(observations, actions, noise, sigma).mean()
 
-    def _actor_loss(self, batch: ReplayBufferSamples) -> th.Tensor:
+    def _actor_loss(self, batch: Batch) -> th.Tensor:
         r"""$L_\pi(\theta) = \alpha L_{TR}(\theta) - E[\min_i Q_i(s, a_\theta)]$ (eq. 5), and the entropy term if asked for."""
         actions = self.actor(batch.observations, self._draw_normal(batch.observations))
         q_values = self.critic(batch.observations, actions).amin(dim=0)
@@ -385,12 +386,12 @@ class DTQL(OfflineAlgorithm):
             return q_values.abs().mean().clamp(min=MIN_SCALE)
         return 1.0
 
-    def _nll_loss(self, batch: ReplayBufferSamples) -> th.Tensor:
+    def _nll_loss(self, batch: Batch) -> th.Tensor:
         r"""$-E[\log \pi_\theta(a | s)]$ over the data, the entropy term of section 2."""
         assert isinstance(self.actor, GaussianActor)
         return -self.actor.log_prob(batch.observations, batch.actions, self.nll_jacobian).mean()
 
-    def _imitation_loss(self, batch: ReplayBufferSamples) -> th.Tensor:
+    def _imitation_loss(self, batch: Batch) -> th.Tensor:
         """What the actor learns during pretraining: the data's actions if it has a likelihood, else the trust region alone."""
         if isinstance(self.actor, GaussianActor):
             return self._nll_loss(batch)

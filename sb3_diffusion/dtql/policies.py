@@ -354,14 +354,14 @@ MlpPolicy = DTQLPolicy
 class CnnPolicy(DTQLPolicy):
     """[DTQLPolicy][sb3_diffusion.dtql.policies.DTQLPolicy] on images: the features extractor is SB3's ``NatureCNN``."""
 
-    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", NatureCNN)
+        super().__init__(*args, **kwargs)
 
 
 class MultiInputPolicy(DTQLPolicy):
     """[DTQLPolicy][sb3_diffusion.dtql.policies.DTQLPolicy] on ``Dict`` observations: SB3's ``CombinedExtractor``."""
 
-    def __init__(
-        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        super().__init__(*args, **kwargs)
