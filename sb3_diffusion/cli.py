@@ -451,7 +451,8 @@ def _plot_learning_curve(out: Path, data: OfflineDataset, env_id: str) -> None:
     behavior = data.episode_returns
     axes.axhline(behavior.mean(), color="tab:orange", linestyle="--", label="behaviour, mean of the data")
     axes.axhline(behavior.max(), color="tab:gray", linestyle=":", label="best episode of the data")
-    axes.set(xlabel="gradient steps", ylabel="return", title=f"{env_id}, learned from {data.name}", xlim=(0, None))
+    axes.set(xlabel="gradient steps", ylabel="return", xlim=(0, None))
+    axes.set_title(f"{env_id}, learned from\n{data.name}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "demo_learning_curve.png", dpi=120)

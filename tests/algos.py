@@ -74,7 +74,7 @@ VARIANTS = [  # further settings of the algorithms for the tests of the life cyc
         actor_type="implicit",
         regularizer="kl",
         n_action_samples=3,
-        normalize_observations=True,
+        normalize_observations=False,
         policy_kwargs=dict(net_arch=[16]),
     ),
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from algos import ALGOS, VARIANTS, AlgoSpec
 from envs import POINT_ENV, POINT_GOAL_ENV
 from gymnasium import spaces
@@ -14,6 +15,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_diffusion import OfflineDataset, load_dataset
+
+th.set_num_threads(1)  # the networks are small, and the workers of pytest-xdist share the cores
 
 BOX_ID, GOAL_ID = "tests/point/random-v0", "tests/point/goal-v0"
 

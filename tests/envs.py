@@ -14,7 +14,7 @@ class PointGoalEnv(gym.Env):
     """
     A point in the square [-1, 1]^2 moves to a goal. The action Box is neither symmetric nor of unit size.
 
-    An episode terminates at the goal, which gives reward 0; every other step costs 1.
+    An episode terminates at the goal, which gives reward 0; every other step costs the distance from it.
 
     :param as_dict: observations in the three keys of goal environments, otherwise position and goal in one vector
     """
@@ -43,7 +43,7 @@ class PointGoalEnv(gym.Env):
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
         distance = np.linalg.norm(achieved_goal - desired_goal, axis=-1)
-        return -(distance > 0.25).astype(np.float32)
+        return -np.where(distance > 0.25, distance, 0.0).astype(np.float32)
 
     def _observation(self) -> Any:
         if not self.as_dict:

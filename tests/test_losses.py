@@ -37,17 +37,20 @@ def make_dataset(
     n: int = 60,
     terminations: np.ndarray | None = None,
     truncations: np.ndarray | None = None,
-    obs_scale: float = 1.0,
+    observation: float | None = None,
 ) -> OfflineDataset:
-    """Random transitions; by default every tenth one terminates."""
+    """Random transitions; by default every tenth one terminates. ``observation`` fills all observations if given."""
     rng = np.random.default_rng(0)
     n = n if actions is None else len(actions)
     drawn = rng.uniform(-0.9, 0.9, (n, action_dim)).astype(np.float32)
+    observations, next_observations = rng.normal(size=(2, n, OBS_DIM)).astype(np.float32)
+    if observation is not None:
+        observations = next_observations = np.full((n, OBS_DIM), observation, dtype=np.float32)
     return OfflineDataset(
-        (obs_scale * rng.normal(size=(n, OBS_DIM))).astype(np.float32),
+        observations,
         drawn if actions is None else actions,
         rng.normal(size=n).astype(np.float32) if rewards is None else rewards,
-        (obs_scale * rng.normal(size=(n, OBS_DIM))).astype(np.float32),
+        next_observations,
         np.arange(n) % 10 == 9 if terminations is None else terminations,
         np.zeros(n, dtype=bool) if truncations is None else truncations,
         observation_space=box(OBS_DIM, 10.0),
@@ -778,18 +781,18 @@ def test_each_part_of_the_critic_loss_matters_to_the_critic(kwargs: dict[str, An
 
 
 def bandit_actions(**kwargs: Any) -> np.ndarray:
-    """Actions of a policy trained on a bandit: two modes of behaviour at -0.5 and 0.5, reward 0.5 a, observation 0."""
+    """Actions of a policy trained on a bandit: two modes of behaviour at -0.5 and 0.5, reward 0.5 a, one observation."""
     rng = np.random.default_rng(0)
     n = 400
     actions = (np.where(np.arange(n) % 2, 0.5, -0.5) + 0.05 * rng.normal(size=n)).astype(np.float32).reshape(n, 1)
     ends = np.ones(n, dtype=bool)
-    data = make_dataset(actions, 0.5 * actions[:, 0], action_dim=1, terminations=ends, obs_scale=0.0)
+    data = make_dataset(actions, 0.5 * actions[:, 0], action_dim=1, terminations=ends, observation=1.0)
     settings: dict[str, Any] = dict(learning_rate=2e-3, critic_learning_rate=2e-3, tau=0.05, q_normalization=None)
     model = make_model(
         data, n_pretrain_steps=300, pretrain_actor=False, policy_kwargs=dict(net_arch=[32, 32]), **{**settings, **kwargs}
     )
     model.train(gradient_steps=500, batch_size=64)
-    actions, _ = model.predict(np.zeros((200, OBS_DIM), np.float32))
+    actions, _ = model.predict(np.ones((200, OBS_DIM), np.float32))
     return actions[:, 0]
 
 

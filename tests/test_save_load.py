@@ -81,8 +81,8 @@ def in_new_process(code: str, folder: Path, **environment: str) -> str:
 RESUME = """
 import warnings; warnings.simplefilter("error", ResourceWarning)
 import random, numpy as np, torch as th
-from algos import VARIANTS
-spec = next(s for s in VARIANTS if s.name == "{name}")
+from algos import ALGOS
+spec = next(s for s in ALGOS if s.name == "{name}")
 model = spec.cls.load("half.zip", dataset="{dataset}", device="cpu")
 model.learn({steps}, reset_num_timesteps=False)
 model.save("resumed")
@@ -96,20 +96,20 @@ SCHEDULES = {"constant": 1e-3, "linear": LinearSchedule(1e-3, 1e-4, 0.8), "cosin
 
 
 def test_offline_resume_in_a_new_process(
-    variant: AlgoSpec, minari_ids: tuple[str, str], minari_folder: Path, tmp_path: Path
+    spec: AlgoSpec, minari_ids: tuple[str, str], minari_folder: Path, tmp_path: Path
 ) -> None:
     def make() -> Any:
-        return variant.make(dataset=minari_ids[0], learning_rate=1e-3, n_pretrain_steps=4)
+        return spec.make(dataset=minari_ids[0], learning_rate=1e-3, n_pretrain_steps=4)
 
     whole = make().learn(14)
     half = make().learn(8)
     half.save(tmp_path / "half")
-    code = RESUME.format(name=variant.name, dataset=BOX_ID, steps=6)
+    code = RESUME.format(name=spec.name, dataset=BOX_ID, steps=6)
     in_new_process(code, tmp_path, MINARI_DATASETS_PATH=str(minari_folder))
-    assert_equal_models(variant.cls.load(tmp_path / "resumed", device="cpu"), whole)
+    assert_equal_models(spec.cls.load(tmp_path / "resumed", device="cpu"), whole)
     # what it would have drawn next is the same as well
     observation = whole.observation_space.sample()
-    resumed = variant.cls.load(tmp_path / "resumed", device="cpu")
+    resumed = spec.cls.load(tmp_path / "resumed", device="cpu")
     np.testing.assert_array_equal(whole.predict(observation)[0], resumed.predict(observation)[0])
 
 
@@ -133,9 +133,9 @@ def test_offline_resume_of_a_run_that_a_callback_stopped(
     assert_equal_models(resumed, whole)
 
 
-def test_a_checkpoint_resumes_exactly(spec: AlgoSpec, box_dataset: OfflineDataset, tmp_path: Path) -> None:
-    whole = spec.make(dataset=box_dataset).learn(12, callback=CheckpointCallback(5, str(tmp_path)))
-    resumed = spec.cls.load(tmp_path / "rl_model_5_steps", dataset=box_dataset, device="cpu")
+def test_a_checkpoint_resumes_exactly(variant: AlgoSpec, box_dataset: OfflineDataset, tmp_path: Path) -> None:
+    whole = variant.make(dataset=box_dataset, n_pretrain_steps=2).learn(12, callback=CheckpointCallback(5, str(tmp_path)))
+    resumed = variant.cls.load(tmp_path / "rl_model_5_steps", dataset=box_dataset, device="cpu")
     resumed.learn(7, reset_num_timesteps=False)
     assert_equal_models(resumed, whole)
 

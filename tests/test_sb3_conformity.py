@@ -5,12 +5,13 @@ SB3's ``tests`` folder is not part of any package: unpack the sources of the ins
 What these tests check on algorithms that are no off-policy algorithms for continuous actions stands in our own test files.
 """
 
-import importlib.util
+import importlib
 import itertools
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -94,17 +95,15 @@ UPSTREAM = [
 
 
 def upstream_module(name: str) -> ModuleType:
-    """A file of SB3's tests, under a name of its own: ours have the same names."""
-    key = f"sb3_upstream_{name}"
-    if key not in sys.modules:
-        assert FOLDER is not None
-        location = os.path.join(FOLDER, f"{name}.py")
-        spec = importlib.util.spec_from_file_location(key, location)
-        if spec is None or not os.path.isfile(location):
-            raise FileNotFoundError(f"SB3_TESTS_DIR must be the folder `tests` of SB3's sources: no {location}")
-        sys.modules[key] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[key]
+    """A file of SB3's tests, as part of the package that their folder is: sub-processes find it by that name."""
+    assert FOLDER is not None
+    folder = Path(FOLDER).resolve()
+    if str(folder.parent) not in sys.path:
+        sys.path.append(str(folder.parent))  # at the end: the sources beside it must not hide the installed SB3
+    module = importlib.import_module(f"{folder.name}.{name}")
+    if Path(str(module.__file__)).parent != folder:
+        raise ImportError(f"SB3_TESTS_DIR must be the folder `tests` of SB3's sources, {folder}: got {module.__file__}.")
+    return module
 
 
 def argument_sets(function: Callable, leave_out: dict[str, tuple]) -> Iterator[dict[str, Any]]:

@@ -238,6 +238,10 @@ class OfflineAlgorithm(SavableAlgorithm):
         self._check_single_normalization()
 
     def _setup_model(self) -> None:
+        if not hasattr(self, "observation_space"):
+            raise ValueError(
+                f"{type(self).__name__} needs to know the spaces: pass an environment as `env`, or logged data as `dataset`."
+            )
         self._check_single_normalization()
         self._setup_lr_schedule()
         self.generator = th.Generator(device=self.device)
@@ -486,9 +490,12 @@ class OfflineAlgorithm(SavableAlgorithm):
                 "Learning online needs an environment to step, and the dataset names none: pass `env` to the constructor "
                 "or call `set_env()`."
             )
+        env_is_reset = reset_num_timesteps or self._last_obs is None
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if env_is_reset and isinstance(self.replay_buffer, EpisodeReplayBuffer):
+            self.replay_buffer.truncate_last_trajectory()
         if reset_num_timesteps or self._online_start < 0:
             self._online_start = self.num_timesteps
         assert isinstance(self.train_freq, TrainFreq)

@@ -165,7 +165,8 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         Load a replay buffer of online transitions, in place of the model's.
 
         :param path: path or binary file object, as given to ``save_replay_buffer``
-        :param truncate_last_traj: take the last trajectory as ended (``HerReplayBuffer`` only)
+        :param truncate_last_traj: take the last trajectory as ended (``HerReplayBuffer``; the default buffer's ends when
+            ``learn`` resets the environment)
         :raises ValueError: if it was filled from other spaces or another number of environments
         """
         custom = {"replay_buffer_class": self.replay_buffer_class} if self.replay_buffer_class is not None else None

@@ -1,0 +1,113 @@
+"""Which spaces are accepted, and what is said about the others."""
+
+from collections.abc import Callable
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from algos import AlgoSpec
+from envs import RandomEnv
+from gymnasium import spaces
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_diffusion import OfflineDataset
+
+FLOAT32, FLOAT64 = spaces.Box(-1.0, 1.0, (2,), np.float32), spaces.Box(-1.0, 1.0, (2,), np.float64)
+OBSERVATIONS = {
+    "float32": FLOAT32,
+    "float64": FLOAT64,
+    "unbounded": spaces.Box(-np.inf, np.inf, (3,), np.float32),
+    "matrix": spaces.Box(-1.0, 1.0, (2, 3), np.float32),
+    "dict": spaces.Dict({"a": FLOAT32, "b": spaces.Box(-1.0, 1.0, (1,), np.float32)}),
+    "dict64": spaces.Dict({"a": FLOAT32, "b": FLOAT64}),
+}
+DISCRETE_OBSERVATIONS = {
+    "multi_discrete": spaces.MultiDiscrete([4, 3]),
+    "multi_binary": spaces.MultiBinary(8),
+    "multi_binary_2d": spaces.MultiBinary((3, 2)),
+    "discrete": spaces.Discrete(5),
+}
+ACTIONS = {
+    "float32": FLOAT32,
+    "float64": FLOAT64,
+    "matrix": spaces.Box(-2.0, 0.5, (2, 2), np.float32),
+    "uneven": spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([3.0, 0.1], np.float32)),
+}
+
+
+def check(spec: AlgoSpec, observation_space: spaces.Space, action_space: spaces.Box, make_data: Callable) -> None:
+    """Learn offline and online, act and evaluate; the env itself checks its actions."""
+    data: OfflineDataset = make_data(observation_space, action_space)
+    env = RandomEnv(observation_space, action_space)
+    model = spec.make(env, dataset=data)
+    model.learn(2)
+    scaled = model.sample_batch(40).actions
+    assert scaled.shape == (40, int(np.prod(action_space.shape)))
+    assert -1.0 <= scaled.min() < -0.5 and 0.5 < scaled.max() <= 1.0, "scaled to [-1, 1]"
+    model.learn(16, offline=False)
+    action, _ = model.predict(env.reset()[0])
+    assert action.dtype == action_space.dtype and action.shape == action_space.shape
+    evaluate_policy(model, env, n_eval_episodes=1, warn=False)
+
+
+@pytest.mark.parametrize("observations", OBSERVATIONS)
+def test_observations(spec: AlgoSpec, observations: str, random_dataset: Callable) -> None:
+    check(spec, OBSERVATIONS[observations], FLOAT32, random_dataset)
+
+
+@pytest.mark.parametrize("observations", DISCRETE_OBSERVATIONS)
+def test_discrete_observations(spec: AlgoSpec, observations: str, random_dataset: Callable) -> None:
+    spec.need("multi_discrete")
+    check(spec, DISCRETE_OBSERVATIONS[observations], FLOAT32, random_dataset)
+
+
+@pytest.mark.parametrize("actions", ACTIONS)
+def test_actions(variant: AlgoSpec, actions: str, random_dataset: Callable) -> None:
+    check(variant, FLOAT32, ACTIONS[actions], random_dataset)
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 2]), spaces.MultiBinary(2)])
+def test_discrete_actions_are_refused(spec: AlgoSpec, space: spaces.Space) -> None:
+    with pytest.raises(AssertionError, match="Box"):
+        spec.make(RandomEnv(FLOAT32, space))
+    with pytest.raises(AssertionError):
+        spec.make("CartPole-v1")
+
+
+def test_unbounded_actions_are_refused(spec: AlgoSpec) -> None:
+    with pytest.raises(AssertionError, match="finite"):
+        spec.make(RandomEnv(FLOAT32, spaces.Box(-np.inf, np.inf, (2,), np.float32)))
+
+
+def test_nested_observations_are_refused(spec: AlgoSpec) -> None:
+    nested = spaces.Dict({"a": spaces.Dict({"b": FLOAT32})})
+    with pytest.raises(NotImplementedError):
+        spec.make(RandomEnv(nested, FLOAT32))
+    with pytest.raises(NotImplementedError):
+        spec.make(RandomEnv(spaces.Tuple([FLOAT32, FLOAT32]), FLOAT32))
+
+
+def test_data_that_does_not_fit_the_environment(spec: AlgoSpec, random_dataset: Callable) -> None:
+    data = random_dataset(FLOAT32, FLOAT32)
+    for env in (
+        RandomEnv(spaces.Box(-1.0, 1.0, (3,), np.float32), FLOAT32),
+        RandomEnv(FLOAT32, spaces.Box(-1.0, 1.0, (3,), np.float32)),
+        RandomEnv(spaces.Dict({"a": FLOAT32}), FLOAT32),
+    ):
+        with pytest.raises(ValueError, match="(?i)space"):
+            spec.make(env, dataset=data)
+
+
+def test_subclassed_spaces(spec: AlgoSpec, tmp_path: object) -> None:
+    class OwnBox(spaces.Box):
+        pass
+
+    env = RandomEnv(OwnBox(-1.0, 1.0, (2,), np.float32), OwnBox(-1.0, 1.0, (2,), np.float32))
+    model = spec.make(env).learn(15)
+    model.save(f"{tmp_path}/model")
+    spec.cls.load(f"{tmp_path}/model", env=env)
+
+
+def test_env_id_of_gymnasium(spec: AlgoSpec) -> None:
+    model = spec.make(gym.make("Pendulum-v1")).learn(15)
+    assert model.predict(np.zeros(3, np.float32))[0].shape == (1,)
