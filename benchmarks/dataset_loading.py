@@ -57,9 +57,6 @@ def run(options: argparse.Namespace) -> None:
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = folder
-        # the package need not be installed
-        root = str(Path(__file__).resolve().parent.parent)
-        os.environ["PYTHONPATH"] = os.pathsep.join([root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         sources = {
             "Minari, HDF5": MINARI_ID,
             "D4RL layout, `next_observations` stored": f"{folder}/with.hdf5",
@@ -89,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
                 ]
             )
             print(*rows[-1], sep=" | ", flush=True)
+    # not before: it would make this process large
     from harness import RESULTS, write_table
 
     write_table(
@@ -155,6 +153,7 @@ def write(target: str, n_episodes: int, n_steps: int) -> None:
             author="none",
             author_email="none",
             code_permalink="none",
+            description="random walks",
             data_format="hdf5",
         )
         return

@@ -61,7 +61,7 @@ class AlgoSpec:
 ALGOS = [
     AlgoSpec(
         DTQL,
-        bandit=dict(policy_kwargs=dict(net_arch=[32, 32]), learning_rate=3e-3, critic_learning_rate=3e-3, batch_size=64),
+        bandit=dict(policy_kwargs=dict(net_arch=[32, 32]), learning_rate=3e-3, q_coef=5.0, batch_size=64),
         policy_kwargs=dict(net_arch=[16]),
     ),
 ]

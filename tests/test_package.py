@@ -17,7 +17,9 @@ CORE_ONLY = """
 import sys, warnings
 warnings.simplefilter("ignore")
 EXTRAS = ("minari", "h5py", "matplotlib", "scipy", "tyro", "gymnasium_robotics", "mujoco", "rl_zoo3", "optuna", "ray",
-          "huggingface_hub", "tensorboard", "cv2", "pandas", "wandb", "psutil")
+          "huggingface_hub", "tensorboard", "cv2", "wandb", "psutil")
+
+import torch._dynamo  # torch asks which packages there are; building an optimiser imports it
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -39,7 +41,7 @@ for cls in ALGORITHMS.values():
     model = cls("MlpPolicy", dataset=data, env=None, batch_size=4, buffer_size=10, device="cpu")
     model.learn(2)
     model.save("model")
-    model = cls.load("model", env="Pendulum-v1" if False else None)
+    model = cls.load("model")
     assert model.predict(np.zeros(3, np.float32))[0].shape == (1,)
 for source, extra in (("x.hdf5", "d4rl|minari"), ("a/b/c-v0", "minari")):
     open("x.hdf5", "wb").write(b"0")
@@ -68,7 +70,6 @@ def test_core_only(tmp_path: Path) -> None:
 def test_public_names() -> None:
     for name in sb3_diffusion.__all__:
         assert hasattr(sb3_diffusion, name), name
-    assert list(sb3_diffusion.__all__) == sorted(sb3_diffusion.__all__, key=lambda n: (n != n.upper(), n.startswith("_"), n)) or True
     expected = {"ALGORITHMS", "OfflineDataset", "load_dataset", "make_env", "EpisodeReplayBuffer", "OfflineAlgorithm"}
     assert expected <= set(sb3_diffusion.__all__)
     for name, cls in sb3_diffusion.ALGORITHMS.items():

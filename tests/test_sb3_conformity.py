@@ -176,6 +176,9 @@ def test_upstream(
     if hasattr(module, "MODEL_DICT"):
         arguments = {"model_name": RunName(spec.cls.__name__)}
         monkeypatch.setitem(module.MODEL_DICT, arguments["model_name"], (spec.cls, "Pendulum-v1"))
+    if upstream.function == "test_features_extractor_target_net":
+        # A critic may hold more than its target, as DTQL's holds a state value, after what both have
+        monkeypatch.setattr(module, "zip", lambda *iterables, strict: zip(*iterables, strict=False), raising=False)
     if upstream.module == "test_n_step_replay":  # our one buffer class does both
         monkeypatch.setattr(module, "NStepReplayBuffer", EpisodeReplayBuffer)
 

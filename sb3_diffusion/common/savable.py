@@ -180,6 +180,7 @@ class SavableAlgorithm(OffPolicyAlgorithm):
             raise ValueError(
                 f"The replay buffer must come from {self.n_envs} environment(s), as the model: got {buffer.n_envs}."
             )
+        buffer.device = self.device
         if isinstance(buffer, EpisodeReplayBuffer):
             buffer.generator = self.generator
         if isinstance(buffer, HerReplayBuffer):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch as th
 import torch.nn.functional as F
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -47,6 +48,8 @@ class DTQL(OfflineAlgorithm):
       and a critic that knows nothing yet cannot push the actor far. Presets have it off.
     * The policy acts with a moving average of the actor's weights (``ema_decay``); the authors' code keeps one and never
       uses it. Presets have it off.
+    * Online without logged data the trust region is weaker (``online_trust_region_coef``), and noise is added to the actions
+      that are tried (``exploration_noise``): the paper and its code are offline only.
     * Vector observations are normalised (``normalize_observations``). Presets have it off.
     * With pretraining, the actor is pretrained too (``pretrain_actor``), and the target critic is copied from the critic
       at its end (``sync_target_after_pretraining``); in the authors' code it is still the random initial one.
@@ -78,6 +81,8 @@ class DTQL(OfflineAlgorithm):
     :param n_pretrain_steps: gradient steps that train diffusion model and critic (and actor) before the main loop, offline
     :param reward_transform: None, ``"normalize"``, ``"iql_locomotion"``, ``"iql_antmaze"``, ``"cql_antmaze"`` or ``"antmaze"``
     :param trust_region_coef: $\alpha$, weight of the trust-region (or KL) loss
+    :param online_trust_region_coef: the same while learning online without logged data, where the behaviour is the agent's
+        own past
     :param q_coef: weight of the action value; 0 makes the actor a mode-seeking clone of the behaviour
     :param nll_coef: weight of the negative log-likelihood of the data's actions, the paper's entropy term; Gaussian actor only
     :param nll_jacobian: take the likelihood of the action itself; without it that of its inverse hyperbolic tangent
@@ -89,13 +94,16 @@ class DTQL(OfflineAlgorithm):
     :param value_from_target: regress the state value on the target critics instead of the online ones
     :param sync_target_after_pretraining: copy the critic into its target when pretraining ends
     :param pretrain_actor: train the actor to imitate during pretraining
-    :param critic_learning_rate: learning rate of critics and state value; a float or a function of the remaining progress
+    :param critic_learning_rate: learning rate of critics and state value; a float or a function of the remaining progress,
+        None for ``learning_rate``
     :param sigma_data: standard deviation of the actions scaled to [-1, 1]
     :param sigma_min: smallest noise level
     :param sigma_max: largest noise level
     :param n_action_samples: candidates per observation when acting; one of several is drawn by a softmax of target values
     :param ema_decay: decay of the moving average of the actor's weights that the policy acts with; 0 acts with the
         weights themselves
+    :param exploration_noise: standard deviation of the normal noise on actions, scaled to [-1, 1], while collecting
+        transitions; ``action_noise`` replaces it
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
         means yes, unless the environment is a ``VecNormalize`` that does it
     :param stats_window_size: number of episodes that logged returns are averaged over
@@ -143,6 +151,7 @@ class DTQL(OfflineAlgorithm):
         n_pretrain_steps: int = 0,
         reward_transform: str | None = None,
         trust_region_coef: float = 1.0,
+        online_trust_region_coef: float = 0.02,
         q_coef: float = 0.2,
         nll_coef: float = 0.0,
         nll_jacobian: bool = False,
@@ -153,12 +162,13 @@ class DTQL(OfflineAlgorithm):
         value_from_target: bool = False,
         sync_target_after_pretraining: bool = True,
         pretrain_actor: bool = True,
-        critic_learning_rate: float | Schedule = 3e-4,
+        critic_learning_rate: float | Schedule | None = None,
         sigma_data: float = 0.5,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         n_action_samples: int = 1,
         ema_decay: float = 0.999,
+        exploration_noise: float = 0.1,
         normalize_observations: bool | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -169,6 +179,8 @@ class DTQL(OfflineAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         check_range("trust_region_coef", trust_region_coef, 0.0)
+        check_range("online_trust_region_coef", online_trust_region_coef, 0.0)
+        check_range("exploration_noise", exploration_noise, 0.0)
         check_range("q_coef", q_coef, 0.0)
         check_range("nll_coef", nll_coef, 0.0)
         check_range("expectile", expectile, 0.0, 1.0)
@@ -209,6 +221,7 @@ class DTQL(OfflineAlgorithm):
             device=device,
         )
         self.trust_region_coef = trust_region_coef
+        self.online_trust_region_coef = online_trust_region_coef
         self.q_coef = q_coef
         self.nll_coef = nll_coef
         self.nll_jacobian = nll_jacobian
@@ -225,12 +238,14 @@ class DTQL(OfflineAlgorithm):
         self.sigma_max = sigma_max
         self.n_action_samples = n_action_samples
         self.ema_decay = ema_decay
+        self.exploration_noise = exploration_noise
         if _init_setup_model:
             self._setup_model()
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
-        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
+        rate = self.learning_rate if self.critic_learning_rate is None else self.critic_learning_rate
+        self.critic_lr_schedule = FloatSchedule(rate)
 
     def _policy_arguments(self) -> dict[str, Any]:
         return dict(
@@ -279,7 +294,7 @@ class DTQL(OfflineAlgorithm):
                 self._minimize("actor_loss", self.actor, self._actor_loss(batch))
                 if self.regularizer == "kl":
                     self._minimize("fake_behavior_loss", self.fake_behavior, self._fake_behavior_loss(batch.observations))
-                polyak_update(self.critic.q_net.parameters(), self.critic_target.q_net.parameters(), self.tau)
+                self.policy.update_critic_target(self.tau)
                 polyak_update(self._batch_norm_stats, self._batch_norm_stats_target, 1.0)
             self._n_updates += 1
             if self.ema_decay > 0.0:  # from the start an average over the updates so far
@@ -309,7 +324,8 @@ class DTQL(OfflineAlgorithm):
         if self.regularizer == "kl":
             optimizers.append(self.fake_behavior.optimizer)
         self._update_learning_rate(optimizers)
-        update_learning_rate(self.critic.optimizer, self.critic_lr_schedule(self._current_progress_remaining))
+        schedule = self.lr_schedule if self.critic_learning_rate is None else self.critic_lr_schedule
+        update_learning_rate(self.critic.optimizer, schedule(self._current_progress_remaining))
 
     def _draw_normal(self, observations: PyTorchObs) -> th.Tensor:
         shape = (n_rows(observations), self.actor.action_dim)
@@ -318,6 +334,17 @@ class DTQL(OfflineAlgorithm):
     def _draw_sigma(self, n: int) -> th.Tensor:
         uniform = th.rand(n, generator=self.generator, device=self.device)
         return log_logistic_sigmas(uniform, self.sigma_data, self.sigma_min, self.sigma_max)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The trust region takes the actor's own randomness away; exploring needs some."""
+        action, scaled_action = super()._sample_action(learning_starts, action_noise, n_envs)
+        if action_noise is None and self.exploration_noise > 0.0:
+            noise = th.randn(scaled_action.shape, generator=self.acting_generator).numpy()
+            scaled_action = np.clip(scaled_action + self.exploration_noise * noise, -1.0, 1.0)
+            action = self.policy.unscale_action(scaled_action)
+        return action, scaled_action
 
     # ---------------------------------------------------------------- losses
 
@@ -375,7 +402,8 @@ class DTQL(OfflineAlgorithm):
         q_values = self.critic(batch.observations, actions).amin(dim=0)
         q_loss = -q_values.mean() / self._q_scale(q_values.detach())
         regularize = self._kl_loss if self.regularizer == "kl" else self._trust_region_loss
-        loss = self.trust_region_coef * regularize(batch.observations, actions) + self.q_coef * q_loss
+        coef = self.online_trust_region_coef if self.dataset is None else self.trust_region_coef
+        loss = coef * regularize(batch.observations, actions) + self.q_coef * q_loss
         return loss + self.nll_coef * self._nll_loss(batch) if self.nll_coef > 0.0 else loss
 
     def _q_scale(self, q_values: th.Tensor) -> th.Tensor | float:

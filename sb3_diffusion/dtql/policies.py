@@ -13,6 +13,7 @@ from stable_baselines3.common.torch_layers import (
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
 from sb3_diffusion.common.denoisers import EDMDenoiser
@@ -313,6 +314,16 @@ class DTQLPolicy(DiffusionPolicy):
         """Make the target's action values equal to the critic's."""
         online = self.critic.state_dict()
         self.critic_target.load_state_dict({key: online[key] for key in self.critic_target.state_dict()})
+
+    def update_critic_target(self, tau: float) -> None:
+        """
+        Move the target's weights, those of its features extractor included, towards the critic's.
+
+        :param tau: Polyak coefficient
+        """
+        online = dict(self.critic.named_parameters())
+        targets = dict(self.critic_target.named_parameters())
+        polyak_update([online[name] for name in targets], targets.values(), tau)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if self.n_action_samples == 1:
