@@ -787,11 +787,10 @@ def bandit_actions(**kwargs: Any) -> np.ndarray:
     actions = (np.where(np.arange(n) % 2, 0.5, -0.5) + 0.05 * rng.normal(size=n)).astype(np.float32).reshape(n, 1)
     ends = np.ones(n, dtype=bool)
     data = make_dataset(actions, 0.5 * actions[:, 0], action_dim=1, terminations=ends, observation=1.0)
-    settings: dict[str, Any] = dict(learning_rate=2e-3, critic_learning_rate=2e-3, tau=0.05, q_normalization=None)
-    model = make_model(
-        data, n_pretrain_steps=300, pretrain_actor=False, policy_kwargs=dict(net_arch=[32, 32]), **{**settings, **kwargs}
-    )
-    model.train(gradient_steps=500, batch_size=64)
+    arch = dict(pi=[32], qf=[32, 32], behavior=[64, 64, 64])
+    settings: dict[str, Any] = dict(learning_rate=1e-2, critic_learning_rate=3e-3, q_normalization=None, seed=1)
+    model = make_model(data, n_pretrain_steps=400, pretrain_actor=False, policy_kwargs=dict(net_arch=arch), **{**settings, **kwargs})
+    model.train(gradient_steps=600, batch_size=128)
     actions, _ = model.predict(np.ones((200, OBS_DIM), np.float32))
     return actions[:, 0]
 
