@@ -168,7 +168,7 @@ class DTQL(OfflineAlgorithm):
         sigma_max: float = 80.0,
         n_action_samples: int = 1,
         ema_decay: float = 0.999,
-        exploration_noise: float = 0.1,
+        exploration_noise: float = 0.2,
         normalize_observations: bool | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
