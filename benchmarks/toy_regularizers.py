@@ -273,12 +273,12 @@ def main() -> None:
             for panel in [panels[row, column.title]]
         ],
         text=(
-            f"{N_SAMPLES:,} actions of each trained policy. *In the data*: within {MODE_RADIUS} of a mode (grid, standard "
-            f"deviation {GRID_STD}) or of a data point (roll, noise {ROLL_STD}). The best reward is that of the best mode's mean "
-            f"(grid) or point (roll). Mean rewards extrapolate the reward's formula where samples leave the data. "
-            f"{options.pretrain_steps:,} updates of diffusion model and critic, then {options.steps:,} of everything, batch 256, "
-            f"seed {options.seed}; learning rates 3e-3 with cosine decay. Both actors are bounded by the same box, {BOX} times as "
-            "large as the data."
+            f"{N_SAMPLES:,} actions of each policy. *In the data*: within {MODE_RADIUS} of a mode (grid, standard "
+            f"deviation {GRID_STD}) or of a data point (roll, noise {ROLL_STD}). The best reward is that of the mean of the best "
+            "mode (grid) or of the best point (roll). Where samples leave the data, mean rewards extrapolate the reward's "
+            f"formula. {options.pretrain_steps:,} updates of diffusion model and critic, then {options.steps:,} of all, "
+            f"batch 256, seed {options.seed}; learning rates 3e-3 with cosine decay. Both actors are bounded by the same box, "
+            f"{BOX} times as large as the data."
         ),
         pictures=[
             (

@@ -271,13 +271,14 @@ class DTQL(OfflineAlgorithm):
 
     # ---------------------------------------------------------------- Algorithm 1
 
-    def train(self, gradient_steps: int, batch_size: int) -> None:
+    def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
         """
         Run ``gradient_steps`` passes of the loop of Algorithm 1, or of the pretraining before it.
 
         :param gradient_steps: number of passes
-        :param batch_size: transitions per pass
+        :param batch_size: transitions per pass; None for the model's ``batch_size``
         """
+        batch_size = self.batch_size if batch_size is None else batch_size
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         for _ in range(gradient_steps):
