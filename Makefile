@@ -3,7 +3,7 @@ PYTHON ?= python
 export PYTHONHASHSEED = 0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: format lint type test test-all doc commit-checks tables clean
+.PHONY: format lint type test test-all test-sb3 doc commit-checks tables clean
 
 format:
 	ruff check --fix .
@@ -23,6 +23,11 @@ test:
 # Includes the long runs that are marked `expensive`.
 test-all:
 	$(PYTHON) -m pytest -q -n 2 -m ""
+
+# SB3's own tests on our algorithms; SB3_TESTS_DIR is the folder `tests` of the sources of the installed SB3.
+test-sb3:
+	@test -n "$(SB3_TESTS_DIR)" || { echo "Set SB3_TESTS_DIR to the folder tests of SB3's sources."; exit 1; }
+	$(PYTHON) -m pytest -q -n 2 tests/test_sb3_conformity.py
 
 doc:
 	mkdocs build --strict

@@ -149,6 +149,7 @@ def train(row: str, column: Column, n_pretrain_steps: int, n_steps: int, seed: i
         expectile=0.95,
         n_pretrain_steps=n_pretrain_steps,
         pretrain_actor=False,
+        n_imitation_steps=0,
         ema_decay=0.0,
         normalize_observations=False,
         sigma_data=SIGMA_DATA / side,
@@ -274,8 +275,8 @@ def main() -> None:
         ],
         text=(
             f"{N_SAMPLES:,} actions of each policy. *In the data*: within {MODE_RADIUS} of a mode (grid, standard "
-            f"deviation {GRID_STD}) or of a data point (roll, noise {ROLL_STD}). The best reward is that of the mean of the best "
-            "mode (grid) or of the best point (roll). Where samples leave the data, mean rewards extrapolate the reward's "
+            f"deviation {GRID_STD}) or of a data point (roll, noise {ROLL_STD}). The best reward is that of the best mode's "
+            "mean (grid) or of the best point (roll). Where samples leave the data, mean rewards extrapolate the reward's "
             f"formula. {options.pretrain_steps:,} updates of diffusion model and critic, then {options.steps:,} of all, "
             f"batch 256, seed {options.seed}; learning rates 3e-3 with cosine decay. Both actors are bounded by the same box, "
             f"{BOX} times as large as the data."

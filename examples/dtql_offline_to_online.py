@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 
 from sb3_diffusion import DTQL, make_env
 from sb3_diffusion.datasets import DEFAULT_DATASET_ID
@@ -24,12 +25,12 @@ def main() -> None:
     options = parser.parse_args()
 
     # The env in which the data was recorded brings it along, so that the model finds its dataset by itself
-    env = make_env(options.dataset)
+    env, test_env = make_env(options.dataset), Monitor(make_env(options.dataset))
     model = DTQL("MlpPolicy", env, offline_fraction=0.5, seed=0)
     print("behaviour in the data:", round(float(model.dataset.episode_returns.mean()), 1) if model.dataset else "unknown")
 
     model.learn(options.offline_steps, progress_bar=True)  # one timestep is one gradient step; the env stands still
-    print("after offline learning: {:.1f} +- {:.1f}".format(*evaluate_policy(model, model.get_env(), options.episodes)))
+    print("after offline learning: {:.1f} +- {:.1f}".format(*evaluate_policy(model, test_env, options.episodes)))
 
     # A model file holds neither data nor env: give both to go on, in another process or on another machine too
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +39,7 @@ def main() -> None:
 
     # Half of each batch stays logged data. `model.set_dataset(None)` before this line would learn from new data alone
     model.learn(options.online_steps, offline=False, reset_num_timesteps=False, progress_bar=True)
-    print("after fine-tuning: {:.1f} +- {:.1f}".format(*evaluate_policy(model, model.get_env(), options.episodes)))
+    print("after fine-tuning: {:.1f} +- {:.1f}".format(*evaluate_policy(model, test_env, options.episodes)))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ ALGOS = [
     AlgoSpec(
         DTQL,
         bandit=dict(policy_kwargs=dict(net_arch=[32, 32]), learning_rate=3e-3, q_coef=5.0, batch_size=64),
+        n_imitation_steps=0,
         policy_kwargs=dict(net_arch=[16]),
     ),
 ]
@@ -74,6 +75,7 @@ VARIANTS = [  # further settings of the algorithms for the tests of the life cyc
         actor_type="implicit",
         regularizer="kl",
         n_action_samples=3,
+        n_imitation_steps=3,
         normalize_observations=False,
         policy_kwargs=dict(net_arch=[16]),
     ),

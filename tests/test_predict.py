@@ -81,7 +81,9 @@ def test_rows_are_independent(variant: AlgoSpec, box_dataset: OfflineDataset) ->
     alone = np.stack([model.predict(row, deterministic=True)[0] for row in observations])
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
     order = np.random.default_rng(0).permutation(7)
-    np.testing.assert_allclose(model.predict(observations[order], deterministic=True)[0], together[order], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        model.predict(observations[order], deterministic=True)[0], together[order], rtol=1e-4, atol=1e-5
+    )
     others = observations.copy()
     others[1:] = 0.0
     np.testing.assert_allclose(model.predict(others, deterministic=True)[0][0], together[0], rtol=1e-4, atol=1e-5)

@@ -24,7 +24,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -397,7 +397,9 @@ def test_replay_buffer_file(spec: AlgoSpec, tmp_path: Path) -> None:
 @pytest.mark.parametrize("truncate", [True, False])
 def test_her_replay_buffer_file(spec: AlgoSpec, truncate: bool, tmp_path: Path) -> None:
     spec.need("her")
-    kwargs: dict[str, Any] = dict(replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=2), learning_starts=30)
+    kwargs: dict[str, Any] = dict(
+        replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=2), learning_starts=30
+    )
     model = spec.make(gym.make(POINT_GOAL_ENV), **kwargs).learn(41)
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer.pkl")
@@ -406,7 +408,9 @@ def test_her_replay_buffer_file(spec: AlgoSpec, truncate: bool, tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the last trajectory is cut
         loaded.load_replay_buffer(tmp_path / "buffer.pkl", truncate_last_traj=truncate)
-    np.testing.assert_array_equal(loaded.replay_buffer.observations["observation"], model.replay_buffer.observations["observation"])
+    np.testing.assert_array_equal(
+        loaded.replay_buffer.observations["observation"], model.replay_buffer.observations["observation"]
+    )
     assert loaded.replay_buffer.env is loaded.env
     loaded.learn(30, reset_num_timesteps=False)
     with pytest.raises(ValueError, match="pass `env`"):

@@ -208,9 +208,7 @@ BUFFER_TESTS = [
 
 @pytest.mark.skipif(FOLDER is None, reason="SB3_TESTS_DIR does not point to the folder `tests` of SB3's sources")
 @pytest.mark.parametrize(("function", "replaced", "arguments"), BUFFER_TESTS)
-def test_upstream_buffers(
-    function: str, replaced: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_upstream_buffers(function: str, replaced: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     module = upstream_module("test_buffers")
     monkeypatch.setattr(module, replaced, EpisodeReplayBuffer)
     getattr(module, function)(replay_buffer_cls=EpisodeReplayBuffer, **arguments)

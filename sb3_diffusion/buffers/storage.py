@@ -446,7 +446,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self.rewards[row] = reward
         self.dones[row] = done
         if self.handle_timeout_termination:
-            self.timeouts[row] = [info.get("TimeLimit.truncated", False) for info in infos]
+            self.timeouts[row] = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         self._n_added += 1
         self.pos += 1
         if self.pos == self.buffer_size:

@@ -126,7 +126,9 @@ class Network(PickleFreeModule, BaseModel):
         preprocessed = preprocess_obs(observations, self.observation_space, normalize_images=self.normalize_images)
         if self.normalizer is not None:
             preprocessed = self.normalizer(preprocessed)
-        return self.features_extractor(preprocessed)
+        # A shared extractor is learned by its owner alone, as in SB3's ContinuousCritic
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.shares_features_extractor):
+            return self.features_extractor(preprocessed)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(
@@ -313,11 +315,6 @@ class QCritic(Network):
         :return: values, shape ``(n_critics, batch_size, 1)``
         """
         return self.q_net(th.cat([features, actions], dim=-1))
-
-    def features(self, observations: PyTorchObs) -> th.Tensor:
-        # A shared extractor is learned with the actor, as in SB3's ContinuousCritic
-        with th.set_grad_enabled(th.is_grad_enabled() and not self.shares_features_extractor):
-            return super().features(observations)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(super()._get_constructor_parameters(), **self._own_arguments)

@@ -94,6 +94,8 @@ class DTQL(OfflineAlgorithm):
     :param value_from_target: regress the state value on the target critics instead of the online ones
     :param sync_target_after_pretraining: copy the critic into its target when pretraining ends
     :param pretrain_actor: train the actor to imitate during pretraining
+    :param n_imitation_steps: offline updates, counted from the first, in which the actor imitates the data before it follows
+        the action values
     :param critic_learning_rate: learning rate of critics and state value; a float or a function of the remaining progress,
         None for ``learning_rate``
     :param sigma_data: standard deviation of the actions scaled to [-1, 1]
@@ -162,6 +164,7 @@ class DTQL(OfflineAlgorithm):
         value_from_target: bool = False,
         sync_target_after_pretraining: bool = True,
         pretrain_actor: bool = True,
+        n_imitation_steps: int = 1_000,
         critic_learning_rate: float | Schedule | None = None,
         sigma_data: float = 0.5,
         sigma_min: float = 0.002,
@@ -190,6 +193,7 @@ class DTQL(OfflineAlgorithm):
         check_choice("actor_type", actor_type, ("gaussian", "implicit"))
         check_choice("q_normalization", q_normalization, ("advantage", "magnitude", None))
         check_range("ema_decay", ema_decay, 0.0, 1.0)
+        check_range("n_imitation_steps", n_imitation_steps, 0)
         if nll_coef > 0.0 and actor_type == "implicit":
             raise ValueError(f"`nll_coef` needs a likelihood, which an implicit actor lacks: got {nll_coef}; set it to 0.")
         super().__init__(
@@ -232,6 +236,7 @@ class DTQL(OfflineAlgorithm):
         self.value_from_target = value_from_target
         self.sync_target_after_pretraining = sync_target_after_pretraining
         self.pretrain_actor = pretrain_actor
+        self.n_imitation_steps = n_imitation_steps
         self.critic_learning_rate = critic_learning_rate
         self.sigma_data = sigma_data
         self.sigma_min = sigma_min
@@ -292,7 +297,8 @@ class DTQL(OfflineAlgorithm):
                     self._minimize("imitation_loss", self.actor, self._imitation_loss(batch))
                 self._count_pretraining_step()
             else:
-                self._minimize("actor_loss", self.actor, self._actor_loss(batch))
+                actor_loss = self._imitation_loss(batch) if self.imitating else self._actor_loss(batch)
+                self._minimize("actor_loss", self.actor, actor_loss)
                 if self.regularizer == "kl":
                     self._minimize("fake_behavior_loss", self.fake_behavior, self._fake_behavior_loss(batch.observations))
                 self.policy.update_critic_target(self.tau)
@@ -304,6 +310,11 @@ class DTQL(OfflineAlgorithm):
 
     def _minimize(self, name: str, network: Network, loss: th.Tensor) -> None:
         self._add_loss(name, minimize(network.optimizer, loss))
+
+    @property
+    def imitating(self) -> bool:
+        """Whether the actor still imitates the data, before it follows the action values; this only happens offline."""
+        return self._offline and self._n_updates < self.n_imitation_steps
 
     def _count_pretraining_step(self) -> None:
         self._n_pretrain_updates += 1
@@ -421,7 +432,7 @@ class DTQL(OfflineAlgorithm):
         return -self.actor.log_prob(batch.observations, batch.actions, self.nll_jacobian).mean()
 
     def _imitation_loss(self, batch: Batch) -> th.Tensor:
-        """What the actor learns during pretraining: the data's actions if it has a likelihood, else the trust region alone."""
+        """What an imitating actor learns: the data's actions if it has a likelihood, else the trust region alone."""
         if isinstance(self.actor, GaussianActor):
             return self._nll_loss(batch)
         actions = self.actor(batch.observations, self._draw_normal(batch.observations))

@@ -7,6 +7,7 @@ from sb3_diffusion.common.utils import CosineSchedule
 PUBLISHED: dict[str, Any] = dict(
     n_pretrain_steps=50_000,
     pretrain_actor=False,
+    n_imitation_steps=0,
     sync_target_after_pretraining=False,
     q_coef=1.0,
     q_normalization=None,
