@@ -48,6 +48,9 @@ class DTQL(OfflineAlgorithm):
       and a critic that knows nothing yet cannot push the actor far. Presets have it off.
     * The policy acts with a moving average of the actor's weights (``ema_decay``); the authors' code keeps one and never
       uses it. Presets have it off.
+    * Offline, the actor first imitates the data (``n_imitation_steps``): the trust region seeks the nearest mode, and from a
+      random start that is often the edge of the box, where the hyperbolic tangent lets no gradient through. Presets have it
+      off.
     * Online without logged data the trust region is weaker (``online_trust_region_coef``), and noise is added to the actions
       that are tried (``exploration_noise``): the paper and its code are offline only.
     * Vector observations are normalised (``normalize_observations``). Presets have it off.
