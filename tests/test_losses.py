@@ -651,11 +651,11 @@ class Calls:
     [
         (dict(), 1, 2, 0),
         (dict(pretrain_actor=False), 1, 2, 0),
-        (dict(actor_type="implicit"), 2, 2, 0),
+        (dict(actor_type="implicit"), 1, 2, 0),
         (dict(actor_type="implicit", pretrain_actor=False), 1, 2, 0),
         (dict(n_action_samples=8, nll_coef=1.0), 1, 2, 0),
         (dict(regularizer="kl"), 1, 2, 2),
-        (dict(regularizer="kl", actor_type="implicit"), 2, 2, 2),
+        (dict(regularizer="kl", actor_type="implicit"), 1, 2, 2),
     ],
 )
 def test_denoiser_calls_per_update_and_per_action(
@@ -935,11 +935,11 @@ def test_learning_rates_stand_still_in_pretraining(n_pretrain_steps: int) -> Non
 # ---------------------------------------------------------------- averaged actor
 
 
-@pytest.mark.parametrize("actor_type", ["gaussian", "implicit"])
-def test_the_policy_acts_with_the_average_of_the_actor(actor_type: str) -> None:
+@pytest.mark.parametrize(("actor_type", "n_pretrain_steps"), [("gaussian", 3), ("implicit", 0)])
+def test_the_policy_acts_with_the_average_of_the_actor(actor_type: str, n_pretrain_steps: int) -> None:
     """Decay n / (n + 10) after n updates, up to the given one; the actor that is trained does not notice."""
-    model = make_model(ema_decay=0.4, actor_type=actor_type, learning_rate=1e-2, n_pretrain_steps=3)
-    plain = make_model(actor_type=actor_type, learning_rate=1e-2, n_pretrain_steps=3)
+    settings: dict[str, Any] = dict(actor_type=actor_type, learning_rate=1e-2, n_pretrain_steps=n_pretrain_steps)
+    model, plain = make_model(ema_decay=0.4, **settings), make_model(**settings)
     expected = {name: parameter.detach().clone() for name, parameter in plain.actor.named_parameters()}
     assert equal(weights(model.actor.averaged), weights(plain.actor))
     for n in range(1, 11):
@@ -1119,3 +1119,15 @@ def test_deterministic_choice_is_the_best_of_shared_candidates() -> None:
             candidates = forward(row, latents[i])
             best = model.critic_target(row, candidates).amin(dim=0).argmax()
             th.testing.assert_close(actions[i], candidates[best])
+
+
+def test_an_implicit_actor_starts_from_the_pretrained_diffusion_model() -> None:
+    model = make_model(actor_type="implicit", n_pretrain_steps=2, ema_decay=0.9)
+    model.learn(2)
+    behavior = weights(model.behavior.denoiser)
+    assert equal(weights(model.actor.denoiser), behavior)
+    assert equal(weights(model.actor.averaged.denoiser), behavior)
+    model = make_model(actor_type="implicit", n_pretrain_steps=2, pretrain_actor=False)
+    before = weights(model.actor)
+    model.learn(2)
+    assert equal(weights(model.actor), before)

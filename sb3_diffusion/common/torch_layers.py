@@ -7,6 +7,7 @@ from typing import Any
 import torch as th
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class _MishFunction(th.autograd.Function):
@@ -26,6 +27,7 @@ class _MishFunction(th.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: th.Tensor) -> th.Tensor:
         x, t, w, y = ctx.saved_tensors
         slope = th.addcmul(x, y, w, value=-1.0)  # x (1 - w^2)
@@ -40,7 +42,7 @@ def mish(x: th.Tensor) -> th.Tensor:
     the built-in operator, whose cost is that of the matrix product beside it.
 
     :param x: floating tensor of any shape
-    :return: tensor of the same shape
+    :return: tensor of the same shape; it can be differentiated once
     """
     return _MishFunction.apply(x)
 

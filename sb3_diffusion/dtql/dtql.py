@@ -62,7 +62,8 @@ class DTQL(OfflineAlgorithm):
       Algorithm 1 does not. Presets have 50,000.
     * The value function learns from the online critics, as in the authors' code; ``value_from_target=True`` is the paper.
     * The trust-region loss is a mean over action dimensions, as in the code; the paper sums.
-    * The implicit actor is bounded by a hyperbolic tangent, and so are the actions of the KL arm; the authors' is not.
+    * The implicit actor is one preconditioned denoising step bounded by a hyperbolic tangent; the authors' is the network's
+      raw output, without bounds.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a policy class
     :param env: Gymnasium env, VecEnv, id or None; with None it comes from the dataset
@@ -96,7 +97,8 @@ class DTQL(OfflineAlgorithm):
     :param expectile: $\tau$ of the expectile regression of the state value, in (0, 1)
     :param value_from_target: regress the state value on the target critics instead of the online ones
     :param sync_target_after_pretraining: copy the critic into its target when pretraining ends
-    :param pretrain_actor: train the actor to imitate during pretraining
+    :param pretrain_actor: pretraining prepares the actor too: a Gaussian one imitates, an implicit one starts from the weights
+        of the diffusion model
     :param n_imitation_steps: offline updates, counted from the first, in which the actor imitates the data before it follows
         the action values
     :param critic_learning_rate: learning rate of critics and state value; a float or a function of the remaining progress,
@@ -189,7 +191,8 @@ class DTQL(OfflineAlgorithm):
         check_range("exploration_noise", exploration_noise, 0.0)
         check_range("q_coef", q_coef, 0.0)
         check_range("nll_coef", nll_coef, 0.0)
-        check_range("expectile", expectile, 0.0, 1.0)
+        if not 0.0 < expectile < 1.0:
+            raise ValueError(f"`expectile` must lie in (0, 1): got {expectile}.")
         check_range("n_action_samples", n_action_samples, 1)
         check_range("sigma_max", sigma_max, sigma_min)
         check_choice("regularizer", regularizer, ("trust_region", "kl"))
@@ -296,7 +299,7 @@ class DTQL(OfflineAlgorithm):
             self._track_advantages(advantages)
             self._minimize("behavior_loss", self.behavior, self._behavior_loss(batch.observations, batch.actions))
             if self.pretraining:
-                if self.pretrain_actor:
+                if self.pretrain_actor and isinstance(self.actor, GaussianActor):
                     self._minimize("imitation_loss", self.actor, self._imitation_loss(batch))
                 self._count_pretraining_step()
             else:
@@ -328,6 +331,8 @@ class DTQL(OfflineAlgorithm):
             self.policy.copy_critic_to_target()
         if self.regularizer == "kl":
             self.fake_behavior.load_state_dict(self.behavior.state_dict())
+        if self.pretrain_actor and isinstance(self.actor, ImplicitActor):
+            self.actor.start_from(self.behavior)
 
     def _track_advantages(self, advantages: th.Tensor) -> None:
         """Running standard deviation of the advantages, from the start an average over the updates so far."""

@@ -90,7 +90,7 @@ class ImplicitActor(Actor):
     r"""
     $a = \tanh(D_\theta(\sigma_0 z, \sigma_0 | s))$ with $\sigma_0 = 2.5$: one denoising step from noise.
 
-    The network is that of the behaviour model, so that it can start from its weights.
+    The network is that of the behaviour model, so that it can start from its weights (``start_from``).
 
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation after each of them
@@ -134,6 +134,17 @@ class ImplicitActor(Actor):
         """
         sigma = th.full_like(latents[:, 0], IMPLICIT_SIGMA)
         return th.tanh(self.denoiser(IMPLICIT_SIGMA * latents, sigma, self.features(observations)))
+
+    def start_from(self, behavior: ActionDenoiser) -> None:
+        """
+        Take over the weights of the diffusion model of the behaviour.
+
+        :param behavior: model with the same layers
+        """
+        self.denoiser.load_state_dict(behavior.denoiser.state_dict())
+        self.features_extractor.load_state_dict(behavior.features_extractor.state_dict())
+        if self.averaged is not None:
+            self.update_average(0.0)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(super()._get_constructor_parameters(), **self._own_arguments)
