@@ -4,8 +4,9 @@ DTQL on real data: offline on two Hopper datasets, offline to online on Hopper-v
 Run from the root of the repository, for instance
 
     python benchmarks/dtql.py hopper-medium --seeds 0 1 2
-    python benchmarks/dtql.py hopper-medium --preset        # the published settings in the place of the defaults
-    python benchmarks/dtql.py fine-tune --seeds 0           # goes on from the checkpoint of hopper-medium
+    python benchmarks/dtql.py hopper-medium --preset robust          # a preset in the place of the defaults
+    python benchmarks/dtql.py hopper-medium --preset hopper-medium   # the published one
+    python benchmarks/dtql.py fine-tune --preset robust              # goes on from the checkpoint of hopper-medium
     python benchmarks/dtql.py pendulum
 
 A run that was interrupted goes on where it stopped; finished runs are kept, so that the table grows.
@@ -29,27 +30,35 @@ PENDULUM_SETTINGS: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[64, 64]), 
 PROTOCOL = "10 evaluations of 10 episodes each, deterministic actions"
 
 
-def offline(task: str, seed: int, steps: int, preset: bool) -> None:
+def run_name(preset: str | None) -> str:
+    """
+    :param preset: name of a preset or None
+    :return: name of the line in the table
+    """
+    return "DTQL" if preset is None else f"DTQL, preset {preset}"
+
+
+def offline(task: str, seed: int, steps: int, preset: str | None) -> None:
     """
     Learn from a dataset alone.
 
     :param task: key of ``DATASETS``
     :param seed: seed of the run
     :param steps: gradient steps
-    :param preset: take the published settings instead of the defaults
+    :param preset: name of a preset, in the place of the defaults
     """
     dataset = load_dataset(DATASETS[task])
     result_file = RESULTS / f"dtql_{task.replace('-', '_')}.json"
     describe(result_file, f"Offline: {dataset.name}", f"{steps:,} gradient steps; {PROTOCOL}.")
 
     def make() -> DTQL:
-        if preset:
-            return DTQL.from_preset(task, "Hopper-v5", dataset=dataset, seed=seed)
+        if preset is not None:
+            return DTQL.from_preset(preset, "Hopper-v5", dataset=dataset, seed=seed)
         return DTQL("MlpPolicy", "Hopper-v5", dataset=dataset, seed=seed)
 
-    name = "DTQL (published settings)" if preset else "DTQL"
+    name = run_name(preset)
     run(
-        name,
+        run_name(preset),
         seed,
         make,
         lambda path: DTQL.load(path, env="Hopper-v5", dataset=dataset),
@@ -60,26 +69,29 @@ def offline(task: str, seed: int, steps: int, preset: bool) -> None:
     )
 
 
-def fine_tune(seed: int, steps: int) -> None:
+def fine_tune(seed: int, steps: int, preset: str | None) -> None:
     """
     Go on online from the last checkpoint of ``hopper-medium``.
 
     :param seed: seed of the offline run
     :param steps: env steps
+    :param preset: of the offline run
     """
     dataset = load_dataset(DATASETS["hopper-medium"])
     result_file = RESULTS / "dtql_fine_tune.json"
     text = f"{OFFLINE_STEPS:,} gradient steps on {dataset.name} before, then {steps:,} env steps on Hopper-v5; {PROTOCOL}."
     describe(result_file, "Offline to online: Hopper-v5", text)
+    name = run_name(preset)
 
     def load(path: Path) -> DTQL:
         return DTQL.load(path, env="Hopper-v5", dataset=dataset)
 
     def start() -> DTQL:
-        return load(WORK / "dtql_hopper_medium" / f"DTQL-seed{seed}" / "checkpoint.zip")
+        folder = f"{name}-seed{seed}".replace(" ", "_")
+        return load(WORK / "dtql_hopper_medium" / folder / "checkpoint.zip")
 
     run(
-        "DTQL",
+        name,
         seed,
         start,
         load,
@@ -120,13 +132,13 @@ def main() -> None:
     parser.add_argument("task", choices=[*DATASETS, "fine-tune", "pendulum"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="in the place of the protocol's")
-    parser.add_argument("--preset", action="store_true", help="published settings in the place of the defaults")
+    parser.add_argument("--preset", help="name of a preset, in the place of the defaults")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     arguments = parser.parse_args()
     th.set_num_threads(arguments.threads)
     for seed in arguments.seeds:
         if arguments.task == "fine-tune":
-            fine_tune(seed, arguments.steps or FINE_TUNING_STEPS)
+            fine_tune(seed, arguments.steps or FINE_TUNING_STEPS, arguments.preset)
         elif arguments.task == "pendulum":
             pendulum(seed, arguments.steps or PENDULUM_STEPS)
         else:
