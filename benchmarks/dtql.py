@@ -56,7 +56,6 @@ def offline(task: str, seed: int, steps: int, preset: str | None) -> None:
             return DTQL.from_preset(preset, "Hopper-v5", dataset=dataset, seed=seed)
         return DTQL("MlpPolicy", "Hopper-v5", dataset=dataset, seed=seed)
 
-    name = run_name(preset)
     run(
         run_name(preset),
         seed,

@@ -274,7 +274,7 @@ class OfflineAlgorithm(SavableAlgorithm):
         buffer_class = self.replay_buffer_class = self.replay_buffer_class or EpisodeReplayBuffer
         kwargs = dict(self.replay_buffer_kwargs)
         if issubclass(buffer_class, EpisodeReplayBuffer):
-            kwargs = dict(n_steps=self.n_steps, gamma=self.gamma, generator=self.generator, **kwargs)
+            kwargs = {"n_steps": self.n_steps, "gamma": self.gamma, "generator": self.generator, **kwargs}
         elif self.n_steps > 1 and "n_steps" not in kwargs:
             raise ValueError(
                 f"`n_steps={self.n_steps}` is for the default replay buffer; give {buffer_class.__name__} its own through "
