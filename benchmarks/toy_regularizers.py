@@ -33,7 +33,7 @@ MODE_RADIUS = 1.0
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """Ends of the noise levels, in units of the plane, as in the authors' toy."""
 GAMMA = 0.9
-"""Any discount adds the same to all action values here; with the authors' 0.99 it is so much that the critic is long about it."""
+"""A discount adds the same to all action values here: with the authors' 0.99 so much that the critic takes long to find it."""
 BOX = 1.4
 """Half the side of the box of actions, in units of the largest coordinate in the data."""
 

@@ -51,7 +51,7 @@ def main() -> None:
         terminals=np.zeros(N_STEPS, dtype=bool),
         timeouts=np.arange(1, N_STEPS + 1) % 1_000 == 0,
     )
-    dtql = DTQL("MlpPolicy", "Walker2d-v5", dataset=data, seed=0, device="cpu").learn(1)
+    dtql = DTQL("MlpPolicy", "Walker2d-v5", dataset=data, seed=0, device="cpu", n_imitation_steps=0).learn(1)
     candidates = DTQL("MlpPolicy", "Walker2d-v5", dataset=data, seed=0, device="cpu", n_action_samples=1024)
     sac = SAC("MlpPolicy", "Walker2d-v5", buffer_size=1, seed=0, device="cpu")
     left, right = th.randn(1024, 1024), th.randn(1024, 1024)
