@@ -28,10 +28,10 @@ N_POINTS, N_SAMPLES = 10_000, 1_000
 GRID = (-10.0, -5.0, 0.0, 5.0, 10.0)
 MODES = np.array([(x, y) for x in GRID for y in GRID])
 GRID_STD, ROLL_STD = 0.3, 0.1
-MODE_RADIUS = 1.0
+RADIUS = {"grid": 1.0, "roll": 0.5}
 """A sample this close to a mode (about three standard deviations) or to a point of the roll counts as in the data."""
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
-"""Ends of the noise levels, in units of the plane, as in the authors' toy."""
+SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0
+"""Noise levels of the authors' toy, in units of the plane."""
 GAMMA = 0.9
 """A discount adds the same to all action values here: with the authors' 0.99 so much that the critic takes long to find it."""
 BOX = 1.4
@@ -46,7 +46,7 @@ class Column:
     :param title: head of the column
     :param points: ``"grid"`` or ``"roll"``
     :param reward: from points ``(n, 2)`` to rewards ``(n,)``
-    :param q_coef: weight of the action value
+    :param q_coef: weight of the action value beside the trust region
     """
 
     title: str
@@ -96,24 +96,8 @@ COLUMNS = (
     Column("roll, near", "roll", lambda points: near(points, LARGEST["roll"])),
     Column("grid, no reward", "grid", nothing, q_coef=0.0),
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """
-    One regulariser.
-
-    :param actor_type: of DTQL
-    :param sigma_data: typical noise level, in units of the plane
-    :param learning_rate: of actor and diffusion models
-    """
-
-    actor_type: str
-    sigma_data: float
-    learning_rate: float
-
-
-ROWS = {"trust region": Row("gaussian", 0.5, 3e-3), "KL": Row("implicit", 7.0, 1e-3)}
+ROWS = {"trust region": "gaussian", "KL": "implicit"}
+"""Regularisers and the actors that they come with."""
 
 
 def half_side(points: np.ndarray) -> float:
@@ -127,16 +111,18 @@ def train(row: str, column: Column, n_pretrain_steps: int, n_steps: int, seed: i
 
     The package scales actions to [-1, 1]. With the noise levels scaled by the same factor, the trust-region loss has the
     value that it has in units of the plane, so that rewards and weights stay those of the authors. The KL loss has a
-    gradient of size one in whatever units; its weight takes the factor instead.
+    gradient of size one in whatever units; its weight takes the factor instead. Nor does it grow with the distance from the
+    data: an action value with a slope well above one wins over it everywhere, so that its weight stays at 1 in this row.
 
     :param row: a key of ``ROWS``
     :param column: the toy
-    :param n_pretrain_steps: steps of diffusion model and critic alone
+    :param n_pretrain_steps: steps of pretraining, in which the Gaussian actor clones the data; the implicit one then starts
+        from the diffusion model
     :param n_steps: steps of everything
     :param seed: of the run
     :return: actions of the trained policy, ``(N_SAMPLES, 2)``
     """
-    points, setting = POINTS[column.points], ROWS[row]
+    points = POINTS[column.points]
     side = half_side(points)
     # Not 0: the actor's biases start at 0, so that of its layers only the last could learn from a state of 0
     states = np.ones((N_POINTS, 1), dtype=np.float32)
@@ -156,22 +142,22 @@ def train(row: str, column: Column, n_pretrain_steps: int, n_steps: int, seed: i
     model = DTQL(
         "MlpPolicy",
         None,
-        learning_rate=CosineSchedule(setting.learning_rate),
+        learning_rate=CosineSchedule(3e-3),
         critic_learning_rate=CosineSchedule(3e-3),
         batch_size=256,
         gamma=GAMMA,
         dataset=dataset,
         regularizer="kl" if row == "KL" else "trust_region",
-        actor_type=setting.actor_type,
+        actor_type=ROWS[row],
         trust_region_coef=side if row == "KL" else 1.0,
-        q_coef=column.q_coef,
+        q_coef=min(column.q_coef, 1.0) if row == "KL" else column.q_coef,
         q_normalization=None,
         expectile=0.95,
         n_pretrain_steps=n_pretrain_steps,
         n_imitation_steps=0,
         ema_decay=0.0,
         normalize_observations=False,
-        sigma_data=setting.sigma_data / side,
+        sigma_data=SIGMA_DATA / side,
         sigma_min=SIGMA_MIN / side,
         sigma_max=SIGMA_MAX / side,
         policy_kwargs={
@@ -196,13 +182,13 @@ def measure(column: Column, samples: np.ndarray) -> dict[str, float | str]:
     rewards = column.reward(points)
     if column.points == "grid":
         distances = np.linalg.norm(samples[:, None] - MODES, axis=2)
-        inside = distances.min(axis=1) < MODE_RADIUS
+        inside = distances.min(axis=1) < RADIUS["grid"]
         counts = np.bincount(distances.argmin(axis=1)[inside], minlength=len(MODES))
         top = {"top_mode": str(tuple(int(x) for x in MODES[counts.argmax()])), "in_top_mode": counts.max() / len(samples)}
         best = max(float(rewards[i : i + 400].mean()) for i in range(0, N_POINTS, 400))
     else:
         nearest = [float(np.linalg.norm(points - sample, axis=1).min()) for sample in samples]
-        inside = np.array(nearest) < MODE_RADIUS
+        inside = np.array(nearest) < RADIUS["roll"]
         top = {"top_mode": "", "in_top_mode": ""}
         best = float(rewards.max())
     return {
@@ -238,7 +224,7 @@ def draw(panels: dict[tuple[str, str], dict[str, Any]]) -> None:
             ax.set_xlabel(text, fontsize=9)
             if row == next(iter(ROWS)):
                 ax.set_title(column.title)
-        axes_row[0].set_ylabel(f"{row} ({ROWS[row].actor_type} actor)")
+        axes_row[0].set_ylabel(f"{row} ({ROWS[row]} actor)")
     (ROOT / "docs" / "assets").mkdir(parents=True, exist_ok=True)
     figure.savefig(ROOT / "docs" / "assets" / "toy_regularizers.png", dpi=100)
 
@@ -258,16 +244,15 @@ def main() -> None:
         for column in COLUMNS:
             name = f"{row}, {column.title}"
             file = folder / f"{name.replace(', ', '-').replace(' ', '_')}.json"
-            if file.is_file():
-                panels[row, column.title] = json.loads(file.read_text(encoding="utf-8"))
-            elif options.only is None or name in options.only:
+            if not file.is_file():
+                if options.only is not None and name not in options.only:
+                    continue
                 start = time.process_time()
                 samples = train(row, column, options.pretrain_steps, options.steps, options.seed)
-                numbers = measure(column, samples)
-                panel = {"samples": samples.tolist(), "numbers": numbers, "cpu_seconds": time.process_time() - start}
-                write_json(file, panel)
-                panels[row, column.title] = panel
-                print(name, numbers, f"{panel['cpu_seconds']:.0f} s", flush=True)
+                write_json(file, {"samples": samples.tolist(), "cpu_seconds": time.process_time() - start})
+            panel = panels[row, column.title] = json.loads(file.read_text(encoding="utf-8"))
+            panel["numbers"] = measure(column, np.array(panel["samples"]))
+            print(name, panel["numbers"], f"{panel['cpu_seconds']:.0f} s", flush=True)
     if len(panels) < len(ROWS) * len(COLUMNS):
         return
     draw(panels)
@@ -293,11 +278,11 @@ def main() -> None:
             for panel in [panels[row, column.title]]
         ],
         text=(
-            f"{N_SAMPLES:,} actions of each policy. *In the data*: within {MODE_RADIUS} of a mode (grid, standard "
-            f"deviation {GRID_STD}) or of a data point (roll, noise {ROLL_STD}). The best reward is that of the best mode's "
-            "mean (grid) or of the best point (roll). Where samples leave the data, mean rewards extrapolate the reward's "
-            f"formula. {options.pretrain_steps:,} updates of diffusion model and critic, then {options.steps:,} of all, "
-            f"batch 256, seed {options.seed}; learning rates 3e-3 with cosine decay. Both actors are bounded by the same box, "
+            f"{N_SAMPLES:,} actions of each policy. *In the data*: within {RADIUS['grid']} of a mode (grid, standard "
+            f"deviation {GRID_STD}) or {RADIUS['roll']} of a data point (roll, noise {ROLL_STD}). The best reward is the mean "
+            "of the best mode (grid) or that of the best point (roll). Where samples leave the data, mean rewards "
+            f"extrapolate the reward's formula. {options.pretrain_steps:,} updates of pretraining, then {options.steps:,} of "
+            f"everything, batch 256, seed {options.seed}; learning rates 3e-3 with cosine decay. One box bounds both actors, "
             f"{BOX} times as large as the data."
         ),
         pictures=[
