@@ -4,9 +4,8 @@ DTQL on real data: offline on two Hopper datasets, offline to online on Hopper-v
 Run from the root of the repository, for instance
 
     python benchmarks/dtql.py hopper-medium --seeds 0 1 2
-    python benchmarks/dtql.py hopper-medium --preset robust          # a preset in the place of the defaults
-    python benchmarks/dtql.py hopper-medium --preset hopper-medium   # the published one
-    python benchmarks/dtql.py fine-tune --preset robust              # goes on from the checkpoint of hopper-medium
+    python benchmarks/dtql.py hopper-medium --preset hopper-medium   # the published settings instead of the defaults
+    python benchmarks/dtql.py fine-tune --seeds 0                    # goes on from the checkpoint of hopper-medium
     python benchmarks/dtql.py pendulum
 
 A run that was interrupted goes on where it stopped; finished runs are kept, so that the table grows.

@@ -30,8 +30,12 @@ MODES = np.array([(x, y) for x in GRID for y in GRID])
 GRID_STD, ROLL_STD = 0.3, 0.1
 RADIUS = {"grid": 1.0, "roll": 0.5}
 """A sample this close to a mode (about three standard deviations) or to a point of the roll counts as in the data."""
-SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0
-"""Noise levels of the authors' toy, in units of the plane."""
+SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = {"trust region": 0.5, "KL": 7.0}, 0.002, 80.0
+"""
+Noise levels in units of the plane. 0.5 is that of the authors' toy: about the width of a mode, so that the trust region sees
+single modes. KL compares distributions and needs noise that bridges the modes, the standard deviation of all the data: with
+0.5 its actor meets no force that leads back once it is off the data, and ends in a corner of the box even without a reward.
+"""
 GAMMA = 0.9
 """A discount adds the same to all action values here: with the authors' 0.99 so much that the critic takes long to find it."""
 BOX = 1.4
@@ -157,7 +161,7 @@ def train(row: str, column: Column, n_pretrain_steps: int, n_steps: int, seed: i
         n_imitation_steps=0,
         ema_decay=0.0,
         normalize_observations=False,
-        sigma_data=SIGMA_DATA / side,
+        sigma_data=SIGMA_DATA[row] / side,
         sigma_min=SIGMA_MIN / side,
         sigma_max=SIGMA_MAX / side,
         policy_kwargs={

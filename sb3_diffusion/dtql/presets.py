@@ -1,4 +1,4 @@
-"""Published settings of DTQL by D4RL task (the authors' ``main.py``, TianyuCodings/Diffusion_Trusted_Q_Learning), and ours."""
+"""Published settings of DTQL by D4RL task (the authors' ``main.py``, TianyuCodings/Diffusion_Trusted_Q_Learning)."""
 
 from typing import Any
 
@@ -51,11 +51,7 @@ def _antmaze(learning_rate: float, trust_region_coef: float, decay: bool, n_epoc
     return _preset(learning_rate, trust_region_coef, decay, n_epochs, 0.9, 1.0, 2048, "iql_antmaze")
 
 
-ROBUST: dict[str, Any] = dict(n_imitation_steps=5_000, q_coef=1.0)
-"""Ours, for offline runs of tens of thousands of updates: the critic has settled when the actor begins to follow it."""
-
 PRESETS: dict[str, dict[str, Any]] = {
-    "robust": ROBUST,
     "halfcheetah-medium": _preset(3e-4, 1.0, False, 1000),
     "halfcheetah-medium-replay": _preset(3e-4, 5.0, False, 1000),
     "halfcheetah-medium-expert": _preset(3e-4, 50.0, False, 1000),
