@@ -188,7 +188,8 @@ def measure(column: Column, samples: np.ndarray) -> dict[str, float | str]:
         distances = np.linalg.norm(samples[:, None] - MODES, axis=2)
         inside = distances.min(axis=1) < RADIUS["grid"]
         counts = np.bincount(distances.argmin(axis=1)[inside], minlength=len(MODES))
-        top = {"top_mode": str(tuple(int(x) for x in MODES[counts.argmax()])), "in_top_mode": counts.max() / len(samples)}
+        mode = str(tuple(int(x) for x in MODES[counts.argmax()])) if inside.any() else "none"
+        top: dict[str, float | str] = {"top_mode": mode, "in_top_mode": float(counts.max() / len(samples))}
         best = max(float(rewards[i : i + 400].mean()) for i in range(0, N_POINTS, 400))
     else:
         nearest = [float(np.linalg.norm(points - sample, axis=1).min()) for sample in samples]
@@ -197,7 +198,7 @@ def measure(column: Column, samples: np.ndarray) -> dict[str, float | str]:
         best = float(rewards.max())
     return {
         "in_data": float(inside.mean()),
-        **{key: float(value) if isinstance(value, float) else value for key, value in top.items()},
+        **top,
         "mean_reward": float(column.reward(samples).mean()),
         "best_reward": best,
         "largest_std": float(samples.std(axis=0).max()),
@@ -287,7 +288,8 @@ def main() -> None:
             "of the best mode (grid) or that of the best point (roll). Where samples leave the data, mean rewards "
             f"extrapolate the reward's formula. {options.pretrain_steps:,} updates of pretraining, then {options.steps:,} of "
             f"everything, batch 256, seed {options.seed}; learning rates 3e-3 with cosine decay. One box bounds both actors, "
-            f"{BOX} times as large as the data."
+            f"{BOX} times as large as the data. `sigma_data` in units of the plane: {SIGMA_DATA['trust region']} (trust "
+            f"region), {SIGMA_DATA['KL']} (KL)."
         ),
         pictures=[
             (
