@@ -121,10 +121,12 @@ class ConditionalMLP(nn.Module):
         """
         :param x: shape ``(batch_size, dim)``
         :param condition: shape ``(batch_size, condition_dim)``
-        :param level: noise level as the network is told it, shape ``(batch_size,)``
+        :param level: noise level as the network is told it, shape ``(batch_size,)``, or ``(1,)`` for all rows, which is
+            embedded once
         :return: shape ``(batch_size, dim)``
         """
-        return self.trunk(th.cat([x, condition, self.time_embedding(level)], dim=-1))
+        embedding = self.time_embedding(level).expand(len(x), -1)
+        return self.trunk(th.cat([x, condition, embedding], dim=-1))
 
 
 class EnsembleLinear(nn.Module):
