@@ -6,7 +6,7 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from sb3_diffusion import DTQL, OfflineAlgorithm
+from sb3_diffusion import DTQL, DiffusionQL, OfflineAlgorithm
 
 FEATURES = ("images", "her", "n_steps", "multi_discrete", "learns_online")
 
@@ -65,6 +65,13 @@ ALGOS = [
         n_imitation_steps=0,
         policy_kwargs=dict(net_arch=[16]),
     ),
+    AlgoSpec(
+        DiffusionQL,
+        bandit=dict(policy_kwargs=dict(net_arch=[32, 32]), learning_rate=3e-3, q_coef=5.0, batch_size=64),
+        n_imitation_steps=0,
+        n_diffusion_steps=3,
+        policy_kwargs=dict(net_arch=[16]),
+    ),
 ]
 
 VARIANTS = [  # further settings of the algorithms for the tests of the life cycle
@@ -77,6 +84,22 @@ VARIANTS = [  # further settings of the algorithms for the tests of the life cyc
         n_action_samples=3,
         n_imitation_steps=3,
         normalize_observations=False,
+        policy_kwargs=dict(net_arch=[16]),
+    ),
+    AlgoSpec(
+        DiffusionQL,
+        name="DiffusionQL-candidates",
+        n_diffusion_steps=6,
+        noise_schedule="cosine",
+        prediction_type="v",
+        sampler="ddim",
+        n_sampling_steps=2,
+        n_action_samples=3,
+        candidate_choice="argmax",
+        max_q_backup=True,
+        n_backup_actions=2,
+        n_imitation_steps=3,
+        max_grad_norm=1.0,
         policy_kwargs=dict(net_arch=[16]),
     ),
 ]

@@ -6,8 +6,8 @@ from itertools import product
 import torch as th
 from torch import nn
 
-from sb3_diffusion.common.denoisers import Denoiser, append_dims
-from sb3_diffusion.common.schedules import log_logistic_sigmas
+from sb3_diffusion.common.denoisers import Denoiser, DiscreteDenoiser, append_dims
+from sb3_diffusion.common.schedules import karras_sigmas, log_logistic_sigmas
 
 
 class MixtureDenoiser(Denoiser):
@@ -42,6 +42,12 @@ class MixtureDenoiser(Denoiser):
 
     def loss_weight(self, level: th.Tensor) -> th.Tensor:
         return 1.0 / level.square() + 1.0 / self.sigma_data**2
+
+    def sampling_levels(self, n_sampling_steps: int) -> th.Tensor:
+        return karras_sigmas(n_sampling_steps)
+
+    def prior(self, noise: th.Tensor, level: th.Tensor) -> th.Tensor:
+        return append_dims(level, noise.dim()) * noise
 
     def log_density(self, noisy: th.Tensor, level: th.Tensor) -> th.Tensor:
         """
@@ -78,6 +84,82 @@ class NormalDenoiser(MixtureDenoiser):
 
     def __init__(self, mean: Sequence[float], std: float, sigma_data: float = 0.5) -> None:
         super().__init__([list(mean)], std, sigma_data=sigma_data)
+
+
+class ChainDenoiser(MixtureDenoiser):
+    r"""
+    Posterior mean of data from a mixture on the noise levels of a chain of discrete steps that keep the variance.
+
+    :param betas: variances of the steps, shape ``(n_diffusion_steps,)``
+    :param means: shape ``(n_components, dim)``
+    :param stds: one for all components, or one each
+    :param weights: probabilities of the components; equal if None
+    """
+
+    def __init__(
+        self,
+        betas: th.Tensor,
+        means: Sequence[Sequence[float]],
+        stds: float | Sequence[float],
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(means, stds, weights)
+        alphas_bar, product = [], 1.0
+        for beta in betas.tolist():
+            product *= 1.0 - beta
+            alphas_bar.append(product)
+        self.alphas_bar = th.tensor(alphas_bar, dtype=th.float64)
+
+    def scales(self, level: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return self.alphas_bar[level].sqrt(), (1.0 - self.alphas_bar[level]).sqrt()
+
+    def loss_weight(self, level: th.Tensor) -> th.Tensor:
+        return th.ones_like(self.alphas_bar[level])
+
+    def sampling_levels(self, n_sampling_steps: int) -> th.Tensor:
+        return th.linspace(len(self.alphas_bar) - 1, 0, n_sampling_steps, dtype=th.float64).round().long()
+
+    def prior(self, noise: th.Tensor, level: th.Tensor) -> th.Tensor:
+        return noise
+
+
+class ExactNetwork(nn.Module):
+    r"""
+    What a perfectly trained network tells: $\epsilon$, $x_0$ or $v = \alpha\, \epsilon - \sigma\, x_0$ in the mean.
+
+    :param denoiser: posterior mean
+    :param prediction_type: ``"noise"``, ``"sample"`` or ``"v"``
+    """
+
+    def __init__(self, denoiser: Denoiser, prediction_type: str) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.prediction_type = prediction_type
+
+    def forward(self, x: th.Tensor, condition: th.Tensor, level: th.Tensor) -> th.Tensor:
+        alpha, sigma = (append_dims(scale, x.dim()) for scale in self.denoiser.scales(level))
+        denoised = self.denoiser(x, level, condition)
+        noise = (x - alpha * denoised) / sigma
+        return {"noise": noise, "sample": denoised, "v": alpha * noise - sigma * denoised}[self.prediction_type]
+
+
+def exact_chain(
+    betas: th.Tensor,
+    means: Sequence[Sequence[float]],
+    stds: float | Sequence[float],
+    weights: Sequence[float] | None = None,
+    prediction_type: str = "noise",
+) -> DiscreteDenoiser:
+    """
+    The package's discrete model around a perfectly trained network.
+
+    :param betas: variances of the steps, shape ``(n_diffusion_steps,)``
+    :param means: shape ``(n_components, dim)``
+    :param stds: one for all components, or one each
+    :param weights: probabilities of the components; equal if None
+    :param prediction_type: ``"noise"``, ``"sample"`` or ``"v"``
+    """
+    return DiscreteDenoiser(ExactNetwork(ChainDenoiser(betas, means, stds, weights), prediction_type), betas, prediction_type)
 
 
 def grid_mixture(sigma_data: float = 0.5) -> MixtureDenoiser:

@@ -198,7 +198,7 @@ def test_trained_network_approaches_the_floor_from_above() -> None:
     def evaluate() -> float:
         with th.no_grad():
             data = (mean + std * normal_quantiles(21).unsqueeze(1)).float()
-            return expected_loss(Single(denoiser), data, n_levels=200).mean().item()
+            return expected_loss(Single(denoiser.net, SIGMA_DATA), data, n_levels=200).mean().item()
 
     before = evaluate()
     for _ in range(800):
@@ -215,17 +215,11 @@ def test_trained_network_approaches_the_floor_from_above() -> None:
     assert floor * 0.998 < evaluate() < floor * 1.03
 
 
-class Single(Denoiser):
-    """Feeds a denoiser of single-precision numbers."""
-
-    def scales(self, level: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        return self.net.scales(level)
-
-    def loss_weight(self, level: th.Tensor) -> th.Tensor:
-        return self.net.loss_weight(level)
+class Single(EDMDenoiser):
+    """Feeds a network of single-precision numbers."""
 
     def forward(self, noisy: th.Tensor, level: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        return self.net(noisy.float(), level.float(), condition.float())
+        return super().forward(noisy.float(), level.float(), condition.float())
 
 
 # ---------------------------------------------------------------- trust region in closed form

@@ -563,6 +563,10 @@ class OfflineAlgorithm(SavableAlgorithm):
         """Whether the next update belongs to the pretraining phase, which only happens offline."""
         return self._offline and self._n_pretrain_updates < self.n_pretrain_steps
 
+    def _count_pretraining_step(self) -> None:
+        self._n_pretrain_updates += 1
+        self._pretrain_timesteps += 1
+
     def _placeholder_observations(self) -> np.ndarray | dict[str, np.ndarray]:
         space = self.observation_space
         if isinstance(space, spaces.Dict):

@@ -17,7 +17,7 @@ from torch import nn
 from sb3_diffusion.common.denoisers import EDMDenoiser
 from sb3_diffusion.common.serialization import PickleFreeModule
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
-from sb3_diffusion.common.utils import make_optimizer
+from sb3_diffusion.common.utils import check_choice, make_optimizer
 
 SelfActor = TypeVar("SelfActor", bound="Actor")
 
@@ -143,11 +143,18 @@ class Actor(Network, BasePolicy):
     r"""
     A network that turns an observation and a latent $z \sim N(0, I)$ into an action in [-1, 1].
 
-    ``predict`` acts with the ``averaged`` weights if there are any, and with the trained ones otherwise.
-    ``deterministic=True`` takes $z = 0$. Otherwise latents come from ``generator``, or from torch's global one if None.
+    ``predict`` acts with the ``averaged`` weights if there are any (unless ``acts_with_average`` is False), and with the
+    trained ones otherwise. ``deterministic=True`` takes $z = 0$. Otherwise latents come from ``generator``, or from torch's
+    global one if None.
     """
 
     generator: th.Generator | None = None
+    acts_with_average: bool = True
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of $z$ for one row."""
+        return (self.action_dim,)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, squash_output=True, **kwargs)
@@ -181,21 +188,22 @@ class Actor(Network, BasePolicy):
         """
         :param batch_size: number of rows
         :param deterministic: zeros instead of draws
-        :return: shape ``(batch_size, action_dim)``
+        :return: shape ``(batch_size, *latent_shape)``
         """
         if deterministic:
-            return th.zeros(batch_size, self.action_dim, device=self.device)
-        return th.randn(batch_size, self.action_dim, generator=self.generator).to(self.device)
+            return th.zeros(batch_size, *self.latent_shape, device=self.device)
+        return th.randn(batch_size, *self.latent_shape, generator=self.generator).to(self.device)
 
     def act(self, observations: PyTorchObs, latents: th.Tensor) -> th.Tensor:
         """
         Actions of the policy that acts.
 
         :param observations: batch of observations
-        :param latents: $z$, shape ``(batch_size, action_dim)``
+        :param latents: $z$, shape ``(batch_size, *latent_shape)``
         :return: actions in [-1, 1], shape ``(batch_size, action_dim)``
         """
-        return self(observations, latents) if self.averaged is None else self.averaged(observations, latents)
+        actor = self.averaged if self.averaged is not None and self.acts_with_average else self
+        return actor(observations, latents)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.act(observation, self.latents(n_rows(observation), deterministic))
@@ -365,6 +373,139 @@ class DiffusionPolicy(PickleFreeModule, BasePolicy):
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic)
+
+
+class ActorCriticPolicy(DiffusionPolicy):
+    """
+    A policy whose ``actor`` acts, with a ``critic`` of its actions and a slowly following ``critic_target``.
+
+    It acts with one action of the actor, or chooses one of several candidates by the smallest target value.
+    ``deterministic=True`` takes the latent 0, or among several candidates, whose latents all rows share, the best one.
+
+    :param observation_space: observation space
+    :param action_space: action space
+    :param features_extractor_class: class of the features extractor
+    :param features_extractor_kwargs: its arguments
+    :param normalize_images: divide images by 255
+    :param optimizer_class: class of the optimisers
+    :param optimizer_kwargs: their arguments except the learning rate
+    :param share_features_extractor: one features extractor for all networks, learned with the actor
+    :param n_action_samples: number of candidates drawn per observation when acting
+    :param candidate_choice: ``"softmax"`` draws one of several candidates by the softmax of target values, ``"argmax"`` takes
+        the best
+    :param normalize_observations: normalise vector observations by frozen statistics of the data
+    """
+
+    target_names = ("critic_target",)
+    critic: QCritic
+    critic_target: QCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor],
+        features_extractor_kwargs: dict[str, Any] | None,
+        normalize_images: bool,
+        optimizer_class: type[th.optim.Optimizer],
+        optimizer_kwargs: dict[str, Any] | None,
+        share_features_extractor: bool,
+        n_action_samples: int,
+        candidate_choice: str,
+        normalize_observations: bool,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+        )
+        check_choice("candidate_choice", candidate_choice, ("softmax", "argmax"))
+        self.n_action_samples = n_action_samples
+        self.candidate_choice = candidate_choice
+        self.share_features_extractor = share_features_extractor
+        self._own_arguments: dict[str, Any] = dict(
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            share_features_extractor=share_features_extractor,
+            n_action_samples=n_action_samples,
+            candidate_choice=candidate_choice,
+            normalize_observations=normalize_observations,
+        )
+        self._network_arguments: dict[str, Any] = dict(
+            observation_space=observation_space,
+            action_space=action_space,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            normalize_images=normalize_images,
+            normalize_observations=normalize_observations,
+        )
+
+    def copy_critic_to_target(self) -> None:
+        """Make the target's action values equal to the critic's."""
+        online = self.critic.state_dict()
+        self.critic_target.load_state_dict({key: online[key] for key in self.critic_target.state_dict()})
+
+    def update_critic_target(self, tau: float) -> None:
+        """
+        Move the target's weights, those of its features extractor included, towards the critic's.
+
+        :param tau: Polyak coefficient
+        """
+        online = dict(self.critic.named_parameters())
+        targets = dict(self.critic_target.named_parameters())
+        polyak_update([online[name] for name in targets], targets.values(), tau)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if self.n_action_samples == 1:
+            return self.actor._predict(observation, deterministic)
+        return self._best_of_candidates(observation, deterministic)
+
+    def _best_of_candidates(self, observation: PyTorchObs, deterministic: bool) -> th.Tensor:
+        """One of ``n_action_samples`` candidates: a draw from softmax of the smallest target value, or the argmax."""
+        n, batch_size = self.n_action_samples, n_rows(observation)
+        repeated = repeat_rows(observation, n)
+        if deterministic:
+            shared = self._shared_latents.to(self.device)
+            latents = shared.repeat(batch_size, *[1] * (shared.dim() - 1))
+        else:
+            latents = self.actor.latents(batch_size * n)
+        candidates = self.actor.act(repeated, latents)
+        q_values = self.critic_target(repeated, candidates).amin(dim=0).reshape(batch_size, n)
+        if deterministic or self.candidate_choice == "argmax":
+            chosen = q_values.argmax(dim=1)
+        else:
+            probabilities = q_values.softmax(dim=1).cpu()
+            chosen = th.multinomial(probabilities, 1, generator=self.actor.generator).squeeze(1).to(self.device)
+        return candidates.reshape(batch_size, n, -1)[th.arange(batch_size, device=self.device), chosen]
+
+    @property
+    def _shared_latents(self) -> th.Tensor:
+        """The same latents for every row and every call, shape ``(n_action_samples, *latent_shape)``; the first is 0."""
+        latents = th.randn(self.n_action_samples, *self.actor.latent_shape, generator=th.Generator().manual_seed(0))
+        latents[0] = 0.0
+        return latents
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(super()._get_constructor_parameters(), lr_schedule=self._dummy_schedule, **self._own_arguments)
+
+
+def repeat_rows(observations: PyTorchObs, n: int) -> PyTorchObs:
+    """
+    :param observations: batch of observations
+    :param n: how often each row is repeated
+    :return: ``n`` times as many rows, copies of a row side by side
+    """
+    if isinstance(observations, dict):
+        return {key: value.repeat_interleave(n, dim=0) for key, value in observations.items()}
+    return observations.repeat_interleave(n, dim=0)
 
 
 def n_rows(observations: PyTorchObs) -> int:

@@ -33,7 +33,7 @@ class Steps(NamedTuple):
 
     @property
     def variance(self) -> th.Tensor:
-        r"""$\sigma^2 - (\alpha / \alpha')^2 \sigma'^2$: what the forward process adds; $\beta_i$ where no level is left out."""
+        r"""$\sigma^2 - (\alpha / \alpha')^2 \sigma'^2$: what a step adds; $\beta_i$ where no level is left out."""
         return (self.sigma.square() - (self.alpha / self.next_alpha * self.next_sigma).square()).clamp(min=0.0)
 
     @property

@@ -3,20 +3,18 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch as th
 import torch.nn.functional as F
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
-from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
 
 from sb3_diffusion.buffers import Batch
-from sb3_diffusion.common.base_class import OfflineAlgorithm
-from sb3_diffusion.common.policies import ActionDenoiser, Network, QCritic, n_rows
+from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
+from sb3_diffusion.common.policies import ActionDenoiser, QCritic
 from sb3_diffusion.common.schedules import log_logistic_sigmas
-from sb3_diffusion.common.utils import check_choice, check_range, expectile_loss, minimize
+from sb3_diffusion.common.utils import check_choice, check_range, expectile_loss
 from sb3_diffusion.dtql.policies import (
     CnnPolicy,
     DTQLPolicy,
@@ -28,11 +26,8 @@ from sb3_diffusion.dtql.policies import (
 )
 from sb3_diffusion.dtql.presets import PRESETS
 
-MIN_SCALE = 1e-3
-"""Smallest number that action values are divided by."""
 
-
-class DTQL(OfflineAlgorithm):
+class DTQL(ActorCriticAlgorithm):
     r"""
     Diffusion Trusted Q-Learning (DTQL): a one-step policy inside a trust region that a diffusion model draws.
 
@@ -106,11 +101,14 @@ class DTQL(OfflineAlgorithm):
     :param sigma_data: standard deviation of the actions scaled to [-1, 1]
     :param sigma_min: smallest noise level
     :param sigma_max: largest noise level
-    :param n_action_samples: candidates per observation when acting; one of several is drawn by a softmax of target values
+    :param n_action_samples: candidates per observation when acting
+    :param candidate_choice: how one of several candidates is chosen: ``"softmax"`` draws by the softmax of target values,
+        ``"argmax"`` takes the best
     :param ema_decay: decay of the moving average of the actor's weights that the policy acts with; 0 acts with the
         weights themselves
     :param exploration_noise: standard deviation of the normal noise on actions, scaled to [-1, 1], while collecting
         transitions; ``action_noise`` replaces it
+    :param max_grad_norm: largest norm of the gradient of each network; None for no bound
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
         means yes, unless the environment is a ``VecNormalize`` that does it
     :param stats_window_size: number of episodes that logged returns are averaged over
@@ -175,8 +173,10 @@ class DTQL(OfflineAlgorithm):
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         n_action_samples: int = 1,
+        candidate_choice: str = "softmax",
         ema_decay: float = 0.999,
         exploration_noise: float = 0.2,
+        max_grad_norm: float | None = None,
         normalize_observations: bool | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -188,18 +188,14 @@ class DTQL(OfflineAlgorithm):
     ) -> None:
         check_range("trust_region_coef", trust_region_coef, 0.0)
         check_range("online_trust_region_coef", online_trust_region_coef, 0.0)
-        check_range("exploration_noise", exploration_noise, 0.0)
         check_range("q_coef", q_coef, 0.0)
         check_range("nll_coef", nll_coef, 0.0)
         if not 0.0 < expectile < 1.0:
             raise ValueError(f"`expectile` must lie in (0, 1): got {expectile}.")
-        check_range("n_action_samples", n_action_samples, 1)
         check_range("sigma_max", sigma_max, sigma_min)
         check_choice("regularizer", regularizer, ("trust_region", "kl"))
         check_choice("actor_type", actor_type, ("gaussian", "implicit"))
         check_choice("q_normalization", q_normalization, ("advantage", "magnitude", None))
-        check_range("ema_decay", ema_decay, 0.0, 1.0)
-        check_range("n_imitation_steps", n_imitation_steps, 0)
         if nll_coef > 0.0 and actor_type == "implicit":
             raise ValueError(f"`nll_coef` needs a likelihood, which an implicit actor lacks: got {nll_coef}; set it to 0.")
         super().__init__(
@@ -223,6 +219,13 @@ class DTQL(OfflineAlgorithm):
             n_pretrain_steps=n_pretrain_steps,
             reward_transform=reward_transform,
             normalize_observations=normalize_observations,
+            n_imitation_steps=n_imitation_steps,
+            critic_learning_rate=critic_learning_rate,
+            n_action_samples=n_action_samples,
+            candidate_choice=candidate_choice,
+            ema_decay=ema_decay,
+            exploration_noise=exploration_noise,
+            max_grad_norm=max_grad_norm,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -242,43 +245,29 @@ class DTQL(OfflineAlgorithm):
         self.value_from_target = value_from_target
         self.sync_target_after_pretraining = sync_target_after_pretraining
         self.pretrain_actor = pretrain_actor
-        self.n_imitation_steps = n_imitation_steps
-        self.critic_learning_rate = critic_learning_rate
         self.sigma_data = sigma_data
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
-        self.n_action_samples = n_action_samples
-        self.ema_decay = ema_decay
-        self.exploration_noise = exploration_noise
         if _init_setup_model:
             self._setup_model()
 
-    def _setup_lr_schedule(self) -> None:
-        super()._setup_lr_schedule()
-        rate = self.learning_rate if self.critic_learning_rate is None else self.critic_learning_rate
-        self.critic_lr_schedule = FloatSchedule(rate)
-
     def _policy_arguments(self) -> dict[str, Any]:
         return dict(
+            super()._policy_arguments(),
             actor_type=self.actor_type,
             fake_behavior=self.regularizer == "kl",
             sigma_data=self.sigma_data,
-            n_action_samples=self.n_action_samples,
-            normalize_observations=self.normalize_observations,
             average_actor=self.ema_decay > 0.0,
-            critic_learning_rate=self.critic_lr_schedule(1.0),
         )
 
     def _create_aliases(self) -> None:
-        self.actor = self.policy.actor
+        super()._create_aliases()
         self.behavior = self.policy.behavior
-        self.critic = self.policy.critic
-        self.critic_target = self.policy.critic_target
         if self.regularizer == "kl":
             self.fake_behavior = self.policy.fake_behavior
-        # Running statistics of batch normalisation are copied into the target, not averaged
-        self._batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self._batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+
+    def _trained_networks(self) -> list[str]:
+        return ["actor", "behavior", *(["fake_behavior"] if self.regularizer == "kl" else []), "critic"]
 
     # ---------------------------------------------------------------- Algorithm 1
 
@@ -307,24 +296,14 @@ class DTQL(OfflineAlgorithm):
                 self._minimize("actor_loss", self.actor, actor_loss)
                 if self.regularizer == "kl":
                     self._minimize("fake_behavior_loss", self.fake_behavior, self._fake_behavior_loss(batch.observations))
-                self.policy.update_critic_target(self.tau)
-                polyak_update(self._batch_norm_stats, self._batch_norm_stats_target, 1.0)
+                self._update_critic_target()
             self._n_updates += 1
             if self.ema_decay > 0.0:  # from the start an average over the updates so far
                 self.actor.update_average(min(self.ema_decay, self._n_updates / (self._n_updates + 10)))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _minimize(self, name: str, network: Network, loss: th.Tensor) -> None:
-        self._add_loss(name, minimize(network.optimizer, loss))
-
-    @property
-    def imitating(self) -> bool:
-        """Whether the actor still imitates the data, before it follows the action values; this only happens offline."""
-        return self._offline and self._n_updates < self.n_imitation_steps
-
     def _count_pretraining_step(self) -> None:
-        self._n_pretrain_updates += 1
-        self._pretrain_timesteps += 1
+        super()._count_pretraining_step()
         if self._n_pretrain_updates < self.n_pretrain_steps:
             return
         if self.sync_target_after_pretraining:
@@ -339,32 +318,9 @@ class DTQL(OfflineAlgorithm):
         weight = max(0.01, 1.0 / (self._n_updates + 1))
         self.policy.advantage_scale.lerp_(advantages.std(correction=0), weight)
 
-    def _update_learning_rates(self) -> None:
-        optimizers = [self.actor.optimizer, self.behavior.optimizer]
-        if self.regularizer == "kl":
-            optimizers.append(self.fake_behavior.optimizer)
-        self._update_learning_rate(optimizers)
-        schedule = self.lr_schedule if self.critic_learning_rate is None else self.critic_lr_schedule
-        update_learning_rate(self.critic.optimizer, schedule(self._current_progress_remaining))
-
-    def _draw_normal(self, observations: PyTorchObs) -> th.Tensor:
-        shape = (n_rows(observations), self.actor.action_dim)
-        return th.randn(shape, generator=self.generator, device=self.device)
-
     def _draw_sigma(self, n: int) -> th.Tensor:
         uniform = th.rand(n, generator=self.generator, device=self.device)
         return log_logistic_sigmas(uniform, self.sigma_data, self.sigma_min, self.sigma_max)
-
-    def _sample_action(
-        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The trust region takes the actor's own randomness away; exploring needs some."""
-        action, scaled_action = super()._sample_action(learning_starts, action_noise, n_envs)
-        if action_noise is None and self.exploration_noise > 0.0:
-            noise = th.randn(scaled_action.shape, generator=self.acting_generator).numpy()
-            scaled_action = np.clip(scaled_action + self.exploration_noise * noise, -1.0, 1.0)
-            action = self.policy.unscale_action(scaled_action)
-        return action, scaled_action
 
     # ---------------------------------------------------------------- losses
 
@@ -429,9 +385,9 @@ class DTQL(OfflineAlgorithm):
     def _q_scale(self, q_values: th.Tensor) -> th.Tensor | float:
         """What action values are divided by in the actor's loss."""
         if self.q_normalization == "advantage":
-            return self.policy.advantage_scale.clamp(min=MIN_SCALE)
+            return self.policy.advantage_scale.clamp(min=MIN_Q_SCALE)
         if self.q_normalization == "magnitude":
-            return q_values.abs().mean().clamp(min=MIN_SCALE)
+            return q_values.abs().mean().clamp(min=MIN_Q_SCALE)
         return 1.0
 
     def _nll_loss(self, batch: Batch) -> th.Tensor:
@@ -447,15 +403,4 @@ class DTQL(OfflineAlgorithm):
         return self._trust_region_loss(batch.observations, actions)
 
     def _excluded_save_params(self) -> list[str]:
-        aliases = ["actor", "behavior", "critic", "critic_target", "fake_behavior"]
-        return [
-            *super()._excluded_save_params(),
-            *aliases,
-            "_batch_norm_stats",
-            "_batch_norm_stats_target",
-            "critic_lr_schedule",
-        ]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        names = ["actor", "behavior", "critic"] + (["fake_behavior"] if self.regularizer == "kl" else [])
-        return ["policy", *[f"{name}.optimizer" for name in names]], []
+        return [*super()._excluded_save_params(), "behavior", "fake_behavior"]

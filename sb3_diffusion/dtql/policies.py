@@ -13,11 +13,10 @@ from stable_baselines3.common.torch_layers import (
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
 from sb3_diffusion.common.denoisers import EDMDenoiser
-from sb3_diffusion.common.policies import ActionDenoiser, Actor, DiffusionPolicy, QCritic, n_rows
+from sb3_diffusion.common.policies import ActionDenoiser, Actor, ActorCriticPolicy, QCritic
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
@@ -171,7 +170,7 @@ class IQLCritic(QCritic):
         return self.value_net(features)
 
 
-class DTQLPolicy(DiffusionPolicy):
+class DTQLPolicy(ActorCriticPolicy):
     """
     Policy of DTQL: ``actor`` acts, ``behavior`` is the diffusion model of the data's actions, ``critic`` holds the
     action values and the state value, ``critic_target`` averages the action values.
@@ -199,13 +198,14 @@ class DTQLPolicy(DiffusionPolicy):
     :param sigma_data: standard deviation of the actions, scaled to [-1, 1]
     :param clip_denoised: bound the denoised actions to [-1, 1]
     :param n_action_samples: number of candidates drawn per observation when acting
+    :param candidate_choice: ``"softmax"`` draws one of several candidates by the softmax of target values, ``"argmax"`` takes
+        the best
     :param normalize_observations: normalise vector observations by frozen statistics of the data
     :param average_actor: act with a moving average of the actor's weights
     :param critic_learning_rate: learning rate of the critic's optimiser at the start
     """
 
     actor: GaussianActor | ImplicitActor  # type: ignore[assignment]
-    target_names = ("critic_target",)
     advantage_scale: th.Tensor
     """Running standard deviation of the advantages of the data's actions, shape ``()``."""
 
@@ -230,6 +230,7 @@ class DTQLPolicy(DiffusionPolicy):
         sigma_data: float = 0.5,
         clip_denoised: bool = True,
         n_action_samples: int = 1,
+        candidate_choice: str = "softmax",
         normalize_observations: bool = False,
         average_actor: bool = False,
         critic_learning_rate: float | None = None,
@@ -237,50 +238,36 @@ class DTQLPolicy(DiffusionPolicy):
         super().__init__(
             observation_space,
             action_space,
-            features_extractor_class,
-            features_extractor_kwargs,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
             normalize_images=normalize_images,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
-            squash_output=True,
+            share_features_extractor=share_features_extractor,
+            n_action_samples=n_action_samples,
+            candidate_choice=candidate_choice,
+            normalize_observations=normalize_observations,
         )
         if actor_type not in ("gaussian", "implicit"):
             raise ValueError(f'`actor_type` must be "gaussian" or "implicit": got {actor_type!r}.')
-        self._own_arguments = dict(
+        self._own_arguments.update(
             net_arch=net_arch,
             activation_fn=activation_fn,
-            features_extractor_class=features_extractor_class,
-            features_extractor_kwargs=self.features_extractor_kwargs,
-            optimizer_class=optimizer_class,
-            optimizer_kwargs=self.optimizer_kwargs,
             n_critics=n_critics,
             critic_layer_norm=critic_layer_norm,
-            share_features_extractor=share_features_extractor,
             time_embedding_dim=time_embedding_dim,
             actor_type=actor_type,
             fake_behavior=fake_behavior,
             sigma_data=sigma_data,
             clip_denoised=clip_denoised,
-            n_action_samples=n_action_samples,
-            normalize_observations=normalize_observations,
             average_actor=average_actor,
         )
-        self.n_action_samples = n_action_samples
-        self.share_features_extractor = share_features_extractor
 
         arch: dict[str, list[int]] = dict(pi=[256] * 3, qf=[256] * 3, behavior=[256] * 4)
         if net_arch is not None:
             pi, qf = get_actor_critic_arch(net_arch)
             arch = dict(pi=pi, qf=qf, behavior=net_arch.get("behavior", pi) if isinstance(net_arch, dict) else pi)
         self.net_arch = arch
-        self._network_arguments: dict[str, Any] = dict(
-            observation_space=observation_space,
-            action_space=action_space,
-            features_extractor_class=features_extractor_class,
-            features_extractor_kwargs=self.features_extractor_kwargs,
-            normalize_images=normalize_images,
-            normalize_observations=normalize_observations,
-        )
         denoiser_arguments = dict(
             net_arch=arch["behavior"],
             activation_fn=activation_fn or Mish,
@@ -320,54 +307,6 @@ class DTQLPolicy(DiffusionPolicy):
             self.fake_behavior = ActionDenoiser(**arguments, **self._behavior_arguments)
             self.fake_behavior.optimizer = self.make_optimizer(self.fake_behavior, learning_rate)
         self.set_training_mode(False)
-
-    def copy_critic_to_target(self) -> None:
-        """Make the target's action values equal to the critic's."""
-        online = self.critic.state_dict()
-        self.critic_target.load_state_dict({key: online[key] for key in self.critic_target.state_dict()})
-
-    def update_critic_target(self, tau: float) -> None:
-        """
-        Move the target's weights, those of its features extractor included, towards the critic's.
-
-        :param tau: Polyak coefficient
-        """
-        online = dict(self.critic.named_parameters())
-        targets = dict(self.critic_target.named_parameters())
-        polyak_update([online[name] for name in targets], targets.values(), tau)
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        if self.n_action_samples == 1:
-            return self.actor._predict(observation, deterministic)
-        return self._best_of_candidates(observation, deterministic)
-
-    def _best_of_candidates(self, observation: PyTorchObs, deterministic: bool) -> th.Tensor:
-        """One of ``n_action_samples`` candidates: a draw from softmax of the smallest target value, or the argmax."""
-        n, batch_size = self.n_action_samples, n_rows(observation)
-        repeat = lambda tensor: tensor.repeat_interleave(n, dim=0)  # noqa: E731
-        repeated = {k: repeat(v) for k, v in observation.items()} if isinstance(observation, dict) else repeat(observation)
-        if deterministic:
-            latents = self._shared_latents.to(self.device).repeat(batch_size, 1)
-        else:
-            latents = self.actor.latents(batch_size * n)
-        candidates = self.actor.act(repeated, latents)
-        q_values = self.critic_target(repeated, candidates).amin(dim=0).reshape(batch_size, n)
-        if deterministic:
-            chosen = q_values.argmax(dim=1)
-        else:
-            probabilities = q_values.softmax(dim=1).cpu()
-            chosen = th.multinomial(probabilities, 1, generator=self.actor.generator).squeeze(1).to(self.device)
-        return candidates.reshape(batch_size, n, -1)[th.arange(batch_size, device=self.device), chosen]
-
-    @property
-    def _shared_latents(self) -> th.Tensor:
-        """The same latents for every row and every call; the first is 0."""
-        latents = th.randn(self.n_action_samples, self.actor.action_dim, generator=th.Generator().manual_seed(0))
-        latents[0] = 0.0
-        return latents
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return dict(super()._get_constructor_parameters(), lr_schedule=self._dummy_schedule, **self._own_arguments)
 
 
 MlpPolicy = DTQLPolicy
