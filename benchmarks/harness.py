@@ -90,7 +90,7 @@ def run(
     learn_kwargs: dict[str, Any] | None = None,
     replay_buffer: bool = False,
     dataset: Any = None,
-    about: dict[str, Any] | None = None,
+    about: Callable[[Any], dict[str, Any]] | None = None,
     workdir: Path = WORK,
 ) -> dict[str, Any]:
     """
@@ -112,7 +112,7 @@ def run(
     :param learn_kwargs: further arguments of ``learn``, such as ``offline=False``
     :param replay_buffer: keep the replay buffer with the checkpoint, as online runs need it
     :param dataset: reference scores and behaviour; the model's own dataset by default
-    :param about: further entries of the record
+    :param about: makes further entries of the record from the trained model
     :param workdir: folder of the checkpoints, one folder below it per run
     :return: the record of the run
     """
@@ -200,7 +200,7 @@ def run(
         "timesteps_per_second": round((model.num_timesteps - start) / max(progress["train_seconds"], 1e-9), 3),
         "environment": where,
         "commands": progress["commands"],
-        **(about or {}),
+        **(about(model) if about is not None else {}),
     }
     progress.update(finished=True, record=record)
     keep()

@@ -32,8 +32,8 @@ policy (0) and an expert (100) where reference scores are known, else the return
 training, **best** the highest of a run's evaluations, which is chosen with the knowledge of the outcome and therefore
 flatters. Both are interquartile means over runs (seeds) with a 95 % stratified bootstrap interval in brackets; with fewer
 than four runs the interquartile mean is the plain mean, with one run there is no interval. *All episodes* is the
-interquartile mean of the single episodes of the last evaluation, all runs together. *Steps per second* counts training
-alone, *time* evaluations too; both are means over runs. Make the page again with `make tables`.
+interquartile mean of the single episodes of the last evaluation, all runs together. *Steps / s* counts training alone,
+*time* evaluations too, *actions / s* one observation at a time; all are means over runs. Make the page again with `make tables`.
 """
 
 
@@ -81,6 +81,7 @@ def runs_section(stem: str, content: dict[str, Any], docs: Path) -> str:
         last = [scores(run)[-1].mean() for run in runs]
         best = [max(evaluation.mean() for evaluation in scores(run)) for run in runs]
         episodes = np.concatenate([scores(run)[-1] for run in runs])
+        speeds = [run["actions_per_second"] for run in runs if "actions_per_second" in run]
         behavior = runs[0]["behavior"]
         rows.append(
             [
@@ -92,10 +93,11 @@ def runs_section(stem: str, content: dict[str, Any], docs: Path) -> str:
                 with_interval(best),
                 number(interquartile_mean(episodes)),
                 f"{np.mean([run['timesteps_per_second'] for run in runs]):.0f}",
+                f"{np.mean(speeds):.0f}" if speeds else "",
                 f"{np.mean([run['wall_seconds'] for run in runs]) / 60:.1f} min",
             ]
         )
-    heads = ["", "seeds", "timesteps", "behaviour", "last", "best", "all episodes", "steps per second", "time"]
+    heads = ["", "seeds", "timesteps", "behaviour", "last", "best", "all episodes", "steps / s", "actions / s", "time"]
     lines += markdown_table(heads, rows)
     picture = f"assets/{stem}.svg"
     draw_curves(docs / picture, groups, content["title"])

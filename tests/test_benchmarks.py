@@ -121,7 +121,7 @@ def test_online_run_continues_the_count(dataset, tmp_path: Path):
 
 
 def test_record_says_where_it_comes_from(dataset, tmp_path: Path):
-    record = start(dataset, tmp_path, about={"note": "a note"})
+    record = start(dataset, tmp_path, about=lambda model: {"note": "a note"})
     assert record["environment"]["libraries"]["torch"]
     assert record["environment"]["cpu_count"] >= 1
     assert record["note"] == "a note"

@@ -1,16 +1,34 @@
-"""Preconditioning, loss and trust region against closed forms for data of known law."""
+"""Preconditioning, predictions, losses and trust region against closed forms for data of known law."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
 import torch as th
-from exact_denoisers import MixtureDenoiser, NormalDenoiser, expected_loss, grid_mixture, midpoints, normal_quantiles
+from exact_denoisers import (
+    ChainDenoiser,
+    MixtureDenoiser,
+    NormalDenoiser,
+    exact_chain,
+    expected_loss,
+    grid_mixture,
+    midpoints,
+    normal_quantiles,
+)
 from torch import nn
 
-from sb3_diffusion.common.denoisers import Denoiser, EDMDenoiser, append_dims
-from sb3_diffusion.common.schedules import log_logistic_sigmas
+from sb3_diffusion.common.denoisers import PREDICTION_TYPES, Denoiser, DiscreteDenoiser, EDMDenoiser, append_dims
+from sb3_diffusion.common.schedules import (
+    NOISE_SCHEDULES,
+    cosine_betas,
+    karras_sigmas,
+    log_logistic_sigmas,
+    noise_schedule_betas,
+    vp_betas,
+)
 from sb3_diffusion.common.torch_layers import ConditionalMLP
 
 SIGMA_DATA = 0.5
@@ -142,23 +160,304 @@ def test_sigma_data_must_be_positive(sigma_data: float) -> None:
         EDMDenoiser(Spy(0.0), sigma_data)
 
 
+def test_sampling_levels_and_prior_of_edm() -> None:
+    denoiser = EDMDenoiser(Spy(0.0))
+    th.testing.assert_close(denoiser.sampling_levels(18), karras_sigmas(18, 0.002, 80.0).float())
+    th.testing.assert_close(EDMDenoiser(Spy(0.0), sigma_min=0.1, sigma_max=2.0).sampling_levels(2), th.tensor([2.0, 0.1]))
+    assert denoiser.sampling_levels(1).tolist() == [80.0]
+    noise = th.randn(3, 4, 2, generator=th.Generator().manual_seed(0))
+    assert th.equal(denoiser.prior(noise, denoiser.sampling_levels(5)[:1]), 80.0 * noise)
+
+
+# ---------------------------------------------------------------- discrete steps
+
+N_STEPS = 6
+each_prediction_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+
+
+class Told(nn.Module):
+    """A network whose answer is given, whatever it is asked."""
+
+    def __init__(self, answer: th.Tensor) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: th.Tensor, condition: th.Tensor, level: th.Tensor) -> th.Tensor:
+        return self.answer
+
+
+def discrete(prediction_type: str, clip: float | None = None) -> DiscreteDenoiser:
+    """Around a random network, in double precision."""
+    with th.random.fork_rng(devices=[]):
+        th.manual_seed(0)
+        net = ConditionalMLP(2, 3, [8], time_embedding_dim=4)
+    return DiscreteDenoiser(net, vp_betas(N_STEPS), prediction_type, clip).double()
+
+
+def discrete_batch() -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+    """Clean data, noise, each level, condition."""
+    generator = th.Generator().manual_seed(0)
+    clean, noise = (th.randn(N_STEPS, 2, generator=generator, dtype=th.float64) for _ in range(2))
+    return clean, noise, th.arange(N_STEPS), th.randn(N_STEPS, 3, generator=generator, dtype=th.float64)
+
+
+@pytest.mark.parametrize("n_diffusion_steps", [1, 5, 1000])
+@pytest.mark.parametrize("name", NOISE_SCHEDULES)
+def test_scales_of_a_chain(name: str, n_diffusion_steps: int) -> None:
+    betas = noise_schedule_betas(name, n_diffusion_steps)
+    denoiser = DiscreteDenoiser(Spy(0.0), betas)
+    alpha, sigma = denoiser.scales(th.arange(n_diffusion_steps))
+    exact_alpha, exact_sigma = ChainDenoiser(betas, [[0.0]], 1.0).scales(th.arange(n_diffusion_steps))
+    th.testing.assert_close(alpha.double(), exact_alpha, rtol=3e-7, atol=0.0)
+    th.testing.assert_close(sigma.double(), exact_sigma, rtol=3e-7, atol=0.0)
+    assert denoiser.n_diffusion_steps == n_diffusion_steps
+    assert alpha.dtype == th.float32
+
+
+def test_a_chain_keeps_the_variance() -> None:
+    clean, noise, level, _ = discrete_batch()
+    denoiser = discrete("noise")
+    alpha, sigma = denoiser.scales(level)
+    th.testing.assert_close(alpha.square() + sigma.square(), th.ones_like(alpha), rtol=1e-6, atol=0.0)
+    noisy = denoiser.corrupt(clean, noise, level)
+    for i, j in product(range(N_STEPS), range(2)):
+        expected = alpha[i].item() * clean[i, j].item() + sigma[i].item() * noise[i, j].item()
+        assert noisy[i, j].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_constants_of_a_chain_are_not_saved() -> None:
+    denoiser = discrete("v")
+    assert set(denoiser.state_dict()) == {f"net.{name}" for name in denoiser.net.state_dict()}
+    assert set(dict(denoiser.named_buffers())) >= {"alphas", "sigmas"}  # yet they move with the model
+
+
+@pytest.mark.parametrize("betas", [vp_betas(N_STEPS), cosine_betas(N_STEPS)], ids=["vp", "cosine"])
+@each_prediction_type
+def test_true_answer_gives_the_clean_data(prediction_type: str, betas: th.Tensor) -> None:
+    clean, noise, level, condition = discrete_batch()
+    answer = DiscreteDenoiser(Spy(0.0), betas, prediction_type).double().target(clean, noise, level)
+    denoiser = DiscreteDenoiser(Told(answer), betas, prediction_type).double()
+    noisy = denoiser.corrupt(clean, noise, level)
+    th.testing.assert_close(denoiser(noisy, level, condition), clean, rtol=1e-4, atol=1e-6)
+    assert denoiser.loss(clean, noise, level, condition).max() == 0.0
+
+
+@each_prediction_type
+def test_prediction_types_agree_on_the_posterior_mean(prediction_type: str) -> None:
+    law = ([[-0.8, 0.1], [0.8, 0.4]], [0.1, 0.3], [0.4, 0.6])
+    clean, noise, level, condition = discrete_batch()
+    denoiser = exact_chain(vp_betas(N_STEPS), *law, prediction_type=prediction_type)
+    noisy = denoiser.corrupt(clean, noise, level)
+    expected = ChainDenoiser(vp_betas(N_STEPS), *law)(noisy, level, condition)
+    th.testing.assert_close(denoiser(noisy, level, condition), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_targets() -> None:
+    clean, noise, level, _ = discrete_batch()
+    assert discrete("noise").target(clean, noise, level) is noise
+    assert discrete("sample").target(clean, noise, level) is clean
+    denoiser = discrete("v")
+    v = denoiser.target(clean, noise, level)
+    alpha, sigma = (append_dims(scale, 2) for scale in denoiser.scales(level))
+    noisy = denoiser.corrupt(clean, noise, level)
+    # v turns data and noise by a right angle (arXiv 2202.00512, appendix D)
+    th.testing.assert_close(alpha * noisy - sigma * v, clean, rtol=1e-5, atol=1e-6)
+    th.testing.assert_close(sigma * noisy + alpha * v, noise, rtol=1e-5, atol=1e-6)
+    assert denoiser.target(clean.unsqueeze(1), noise.unsqueeze(1), level).shape == (N_STEPS, 1, 2)
+
+
+def test_corrupted_data_and_v_are_those_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(N_STEPS, trained_betas=vp_betas(N_STEPS).tolist())
+    clean, noise, level, _ = discrete_batch()
+    denoiser = discrete("v")
+    theirs = scheduler.add_noise(clean, noise, level), scheduler.get_velocity(clean, noise, level)
+    ours = denoiser.corrupt(clean, noise, level), denoiser.target(clean, noise, level)
+    th.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@each_prediction_type
+def test_network_is_told_the_index(prediction_type: str) -> None:
+    clean, noise, level, condition = discrete_batch()
+    spy = Spy(0.1)
+    denoiser = DiscreteDenoiser(spy, vp_betas(N_STEPS), prediction_type).double()
+    for call in (lambda: denoiser(clean, level, condition), lambda: denoiser.loss(clean, noise, level, condition)):
+        spy.level = spy.condition = None
+        call()
+        assert th.equal(spy.level, level)
+        assert spy.level.dtype == th.int64
+        assert spy.condition is condition
+    th.testing.assert_close(spy.x, denoiser.corrupt(clean, noise, level))
+
+
+@each_prediction_type
+def test_loss_of_a_chain_is_a_loop(prediction_type: str) -> None:
+    clean, noise, level, condition = discrete_batch()
+    denoiser = discrete(prediction_type)
+    loss = denoiser.loss(clean, noise, level, condition)
+    product_of_alphas = 1.0
+    for i, beta in enumerate(vp_betas(N_STEPS).tolist()):
+        product_of_alphas *= 1.0 - beta
+        alpha, sigma = math.sqrt(product_of_alphas), math.sqrt(1.0 - product_of_alphas)
+        answer = denoiser.net(alpha * clean[i : i + 1] + sigma * noise[i : i + 1], condition[i : i + 1], th.tensor([i]))[0]
+        for j in range(2):
+            wanted = dict(noise=noise[i, j], sample=clean[i, j], v=alpha * noise[i, j] - sigma * clean[i, j])
+            expected = (answer[j] - wanted[prediction_type]).item() ** 2
+            assert loss[i, j].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@each_prediction_type
+def test_loss_of_a_chain_is_the_weighted_error_of_the_estimate(prediction_type: str) -> None:
+    """The same function of the clean data and of the network: value and both gradients."""
+    clean, noise, level, condition = discrete_batch()
+    clean.requires_grad_()
+    denoiser = discrete(prediction_type)
+    inputs = [clean, *denoiser.parameters()]
+    ours, plain = denoiser.loss(clean, noise, level, condition), Denoiser.loss(denoiser, clean, noise, level, condition)
+    th.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+    th.testing.assert_close(
+        th.autograd.grad(ours.mean(), inputs), th.autograd.grad(plain.mean(), inputs), rtol=1e-4, atol=1e-6
+    )
+
+
+@each_prediction_type
+def test_clip_of_a_chain(prediction_type: str) -> None:
+    """It bounds the estimate and leaves the loss alone."""
+    clean, noise, level, condition = discrete_batch()
+    free, bounded = discrete(prediction_type), discrete(prediction_type, clip=0.3)
+    noisy = (0.2 * free.corrupt(clean, noise, level)).requires_grad_()
+    estimate, bounded_estimate = free(noisy, level, condition), bounded(noisy, level, condition)
+    bites = estimate.abs() > 0.3
+    assert 0 < bites.sum() < bites.numel()
+    th.testing.assert_close(bounded_estimate, estimate.clamp(-0.3, 0.3))
+    (slope,) = th.autograd.grad(bounded_estimate[bites].sum(), noisy, retain_graph=True)
+    assert slope.eq(0.0).all()
+    (slope,) = th.autograd.grad(bounded_estimate[~bites].sum(), noisy)
+    assert slope.ne(0.0).any()
+    assert th.equal(bounded.loss(clean, noise, level, condition), free.loss(clean, noise, level, condition))
+
+
+def test_prediction_type_must_exist() -> None:
+    with pytest.raises(ValueError, match=r"one of \['noise', 'sample', 'v'\]: got 'epsilon'"):
+        DiscreteDenoiser(Spy(0.0), vp_betas(5), "epsilon")
+
+
+def test_sampling_levels_of_a_chain() -> None:
+    for n_diffusion_steps in (*range(1, 30), 100, 1000):
+        denoiser = DiscreteDenoiser(Spy(0.0), vp_betas(n_diffusion_steps))
+        for n in range(1, min(n_diffusion_steps, 30) + 1):
+            levels = denoiser.sampling_levels(n)
+            assert levels.shape == (n,)
+            assert levels.dtype == th.int64
+            assert (levels.diff() < 0).all()
+            assert levels[0] == n_diffusion_steps - 1
+            assert levels[-1] == (0 if n > 1 else n_diffusion_steps - 1)
+            for k, level in enumerate(levels.tolist()):
+                exact = (n_diffusion_steps - 1) * (1.0 - k / max(n - 1, 1))
+                assert abs(level - exact) <= 0.5 + 1e-9
+        everything = denoiser.sampling_levels(n_diffusion_steps)
+        assert th.equal(everything, th.arange(n_diffusion_steps).flip(0))
+
+
+@pytest.mark.parametrize(("n_diffusion_steps", "n_sampling_steps"), [(5, 5), (10, 4), (50, 20), (1000, 10), (1000, 50)])
+def test_sampling_levels_are_those_of_diffusers(n_diffusion_steps: int, n_sampling_steps: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(n_diffusion_steps, timestep_spacing="linspace")
+    scheduler.set_timesteps(n_sampling_steps)
+    denoiser = DiscreteDenoiser(Spy(0.0), vp_betas(n_diffusion_steps))
+    assert th.equal(denoiser.sampling_levels(n_sampling_steps), scheduler.timesteps)
+
+
+@pytest.mark.parametrize("n_sampling_steps", [0, -1, N_STEPS + 1])
+def test_number_of_sampling_levels_has_bounds(n_sampling_steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"\[1, {N_STEPS}\], the length of the chain: got {n_sampling_steps}\."):
+        discrete("noise").sampling_levels(n_sampling_steps)
+
+
+def test_prior_of_a_chain_is_the_noise() -> None:
+    noise = th.randn(4, 3, generator=th.Generator().manual_seed(0))
+    denoiser = discrete("noise")
+    assert th.equal(denoiser.prior(noise, denoiser.sampling_levels(3)[:1]), noise)
+
+
+def test_sampling_levels_lie_beside_the_model() -> None:
+    for denoiser in (EDMDenoiser(discrete("noise").net), discrete("noise")):
+        assert denoiser.sampling_levels(3).device.type == "cpu"
+        assert denoiser.to("meta").sampling_levels(3).device.type == "meta"
+
+
+@pytest.mark.parametrize("prediction_type", ["edm", *PREDICTION_TYPES])
+def test_one_level_for_all_rows(prediction_type: str) -> None:
+    """Of the network, which embeds it once, and of the denoiser around it."""
+    denoiser = EDMDenoiser(discrete("noise").net) if prediction_type == "edm" else discrete(prediction_type)
+    clean, _, _, condition = discrete_batch()
+    for level in denoiser.sampling_levels(3).split(1):
+        rows = level.repeat(N_STEPS)
+        th.testing.assert_close(denoiser.net(clean, condition, level), denoiser.net(clean, condition, rows))
+        estimate = denoiser(clean, level, condition)
+        assert estimate.shape == clean.shape
+        th.testing.assert_close(estimate, denoiser(clean, rows, condition))
+
+
+def moments(mean: float, std: float) -> tuple[th.Tensor, th.Tensor]:
+    """Clean data and noise, four rows: as good as normal laws wherever only means and covariances count."""
+    clean = th.tensor([[-1.0], [-1.0], [1.0], [1.0]], dtype=th.float64)
+    return mean + std * clean, th.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=th.float64)
+
+
+@pytest.mark.parametrize(
+    ("n_diffusion_steps", "std", "floor"),
+    [
+        (5, 0.2, 0.03606),
+        (5, 0.5, 0.14492),
+        (5, 0.05, 0.00253),
+        (50, 0.2, 0.10229),
+        (50, 0.5, 0.23281),
+        (50, 0.05, 0.01784),
+        (50, 0.1, 0.0470),
+        (50, 0.3, 0.1511),
+    ],
+)
+def test_floor_of_the_loss_of_the_noise(n_diffusion_steps: int, std: float, floor: float) -> None:
+    """What is left for normal data, a mean over levels; a silent network costs 1 and no other is better than the exact."""
+    betas, mean = vp_betas(n_diffusion_steps), 0.3
+    clean, noise = (grid.repeat(n_diffusion_steps, 1) for grid in moments(mean, std))
+    level = th.arange(n_diffusion_steps).repeat_interleave(4)
+
+    def loss(denoiser: DiscreteDenoiser) -> float:
+        return denoiser.loss(clean, noise, level, th.zeros(len(clean), 0)).mean().item()
+
+    exact = loss(exact_chain(betas, [[mean]], std))
+    assert exact == pytest.approx(floor, rel=2e-3)
+    assert loss(DiscreteDenoiser(Spy(0.0), betas)) == pytest.approx(1.0, rel=1e-6)
+    assert loss(exact_chain(betas, [[mean + 0.2 * std]], std)) > 1.001 * exact
+    assert loss(exact_chain(betas, [[mean]], 1.2 * std)) > 1.001 * exact
+
+
+@pytest.mark.parametrize("std", [0.05, 0.5])
+@each_prediction_type
+def test_floor_of_the_loss_of_a_chain(prediction_type: str, std: float) -> None:
+    """The variance of clean data given the noisy, in the weight of each prediction type."""
+    betas = vp_betas(N_STEPS)
+    clean, noise = moments(0.0, std)
+    alphas, sigmas = ChainDenoiser(betas, [[0.0]], std).scales(th.arange(N_STEPS))
+    for i, (alpha, sigma) in enumerate(zip(alphas.tolist(), sigmas.tolist(), strict=True)):
+        variance = std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2)
+        expected = variance * dict(noise=alpha**2 / sigma**2, sample=1.0, v=1.0 / sigma**2)[prediction_type]
+        denoiser = exact_chain(betas, [[0.0]], std, prediction_type=prediction_type)
+        loss = denoiser.loss(clean, noise, th.full((4,), i), th.zeros(4, 0)).mean().item()
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
 # ---------------------------------------------------------------- exact denoisers
 
 
-class VariancePreserving(MixtureDenoiser):
-    """The same data on the scale of DDPM: levels are the shares of the noise's variance."""
-
-    def scales(self, level: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        return (1.0 - level).sqrt(), level.sqrt()
-
-
-@pytest.mark.parametrize("cls", [MixtureDenoiser, VariancePreserving])
-def test_exact_denoisers_obey_tweedie(cls: type[MixtureDenoiser]) -> None:
+@pytest.mark.parametrize("cls", [MixtureDenoiser, partial(ChainDenoiser, vp_betas(50))], ids=["edm", "chain"])
+def test_exact_denoisers_obey_tweedie(cls: Callable[..., MixtureDenoiser]) -> None:
     """The posterior mean is (x + sigma^2 times the score) / alpha."""
     denoiser = cls([[-0.8, 0.1], [0.8, 0.4], [0.0, -1.0]], [0.05, 0.3, 0.2], [0.2, 0.5, 0.3])
-    generator = th.Generator().manual_seed(0)
-    x = th.randn(40, 2, generator=generator, dtype=th.float64).requires_grad_()
-    level = 0.05 + 0.9 * th.rand(40, generator=generator, dtype=th.float64)
+    x = th.randn(40, 2, generator=th.Generator().manual_seed(0), dtype=th.float64).requires_grad_()
+    level = th.arange(1, 41) if isinstance(denoiser, ChainDenoiser) else 0.05 + 0.9 * midpoints(40)
     (score,) = th.autograd.grad(denoiser.log_density(x, level).sum(), x)
     alpha, sigma = (append_dims(scale, 2) for scale in denoiser.scales(level))
     th.testing.assert_close(denoiser(x, level, th.zeros(40, 0)), (x + sigma.square() * score) / alpha)
