@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,35 +43,35 @@ FEW_FEATURES, FEW_FEATURES_CHAINS = "cloning, 4 time features", (10, 50)
 The authors' toy embeds the diffusion step in 4 features, which are sine and cosine of the step itself and of its ten
 thousandth: steps that differ by about a multiple of 2 pi look alike. Their runs are ten times as long.
 """
-OTHER_SAMPLERS = (
-    ("ddpm", 5),
-    ("ddpm", 10),
-    ("ddim", 2),
-    ("ddim", 5),
-    ("ddim", 10),
-    ("dpm_solver", 5),
-    ("dpm_solver", 10),
-    ("heun", 3),
-    ("heun", 5),
-)
-"""Samplers and their steps for the model with the longest chain, which was trained with all steps of ``"ddpm"``."""
+SAMPLERS = {
+    5: (("ddpm", 5), ("ddpm", 3), ("ddim", 5), ("ddim", 3), ("ddim", 2), ("ddim", 1), ("dpm_solver", 5), ("heun", 3)),
+    50: (
+        ("ddpm", 50),
+        ("ddpm", 25),
+        ("ddpm", 10),
+        ("ddim", 50),
+        ("ddim", 25),
+        ("ddim", 10),
+        ("dpm_solver", 25),
+        ("dpm_solver", 10),
+        ("heun", 25),
+        ("heun", 5),
+    ),
+}
+"""By length of the chain: samplers and their steps. The models were trained with all steps of the first."""
 
 
 @dataclass(frozen=True)
 class Panel:
     """
-    Samples of one model.
+    Where samples come from.
 
     :param model: ``"data"``, ``"Gaussian"``, ``"exact denoiser"``, ``FEW_FEATURES`` or a key of ``ROWS``
     :param chain: number of steps of the diffusion model
-    :param sampler: how it was sampled
-    :param n_steps: steps of the sampler
     """
 
     model: str
     chain: int | None = None
-    sampler: str | None = None
-    n_steps: int | None = None
 
 
 def corner_actions(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -259,7 +260,7 @@ def draw(samples: dict[Panel, np.ndarray], singles: dict[Panel, np.ndarray], rew
     axes[2, 0].set_title("Gaussian fit to the data")
     for row, name in zip(axes, names, strict=True):
         for ax, chain in zip(row[1:], CHAINS, strict=True):
-            panel = Panel(name, chain, "ddpm", chain)
+            panel = Panel(name, chain)
             numbers = measure(samples[panel])
             ax.scatter(*samples[panel].T, color="0.45" if name == "exact denoiser" else "C3", **dots)
             if panel in singles:
@@ -294,31 +295,29 @@ def main() -> None:
     samples: dict[Panel, np.ndarray] = {Panel("data"): actions, Panel("Gaussian"): gaussian}
     seconds: dict[Panel, float] = {}
     singles: dict[Panel, np.ndarray] = {}
+    by_sampler: dict[tuple[int, str, int], dict[str, dict[str, float]]] = defaultdict(dict)
     for chain in CHAINS:
-        samples[Panel("exact denoiser", chain, "ddpm", chain)] = exact_samples(chain, options.seed)
+        samples[Panel("exact denoiser", chain)] = exact_samples(chain, options.seed)
     for name, chains in {**dict.fromkeys(ROWS, CHAINS), FEW_FEATURES: FEW_FEATURES_CHAINS}.items():
         for chain in chains:
-            panel = Panel(name, chain, "ddpm", chain)
+            panel = Panel(name, chain)
             model, seconds[panel] = trained(folder, dataset, name, chain, options.steps, options.seed)
             singles[panel] = single_action(model)
             samples[panel] = samples_of(model, options.seed)
             print(panel, measure(samples[panel]), singles[panel], f"{seconds[panel]:.0f} s", flush=True)
-        if name == FEW_FEATURES:
-            continue
-        longest = model
-        for sampler, n_steps in OTHER_SAMPLERS:
-            panel = Panel(name, chain, sampler, n_steps)
-            samples[panel] = samples_of(longest, options.seed, sampler, n_steps)
-            print(panel, measure(samples[panel]), flush=True)
-    draw(samples, singles, dataset.rewards, longest)
+            for sampler, n_steps in SAMPLERS.get(chain, ()) if name in ROWS else ():
+                numbers = measure(samples_of(model, options.seed, sampler, n_steps))
+                by_sampler[chain, sampler, n_steps][name] = numbers
+                print(f"  {sampler}, {n_steps} steps", numbers, flush=True)
+            if panel == Panel("with action values", CHAINS[-1]):
+                critic = model
+    draw(samples, singles, dataset.rewards, critic)
     write_table(
         RESULTS / "bandit.json",
         "Toy: a bandit with four corners",
         [
             "model",
             "chain",
-            "sampler",
-            "steps",
             *(f"{name} ({reward:g})" for name, reward in CORNERS.items()),
             "outside",
             "gap",
@@ -330,8 +329,6 @@ def main() -> None:
             [
                 panel.model,
                 panel.chain,
-                panel.sampler,
-                panel.n_steps,
                 *map(float, measure(samples[panel]).values()),
                 "({:.2f}, {:.2f})".format(*singles[panel]) if panel in singles else None,
                 round(seconds[panel], 1) if panel in seconds else None,
@@ -345,9 +342,8 @@ def main() -> None:
             f"-{GAP} and {GAP}, where there are no data. *Mean reward*: without noise, and 0 outside. {options.steps:,} "
             f"updates, batch 100, three hidden layers of 128, learning rate 3e-4, `q_coef` {ROWS['with action values']} or 0, "
             f"`time_embedding_dim` {TIME_FEATURES} or 4, otherwise the defaults, seed {options.seed}; stochastic actions, one "
-            "candidate. *Exact denoiser*: the same chain around what a perfectly trained network would tell. *Gaussian*: mean "
-            "and standard deviations of the data. Models were trained with all steps of `ddpm`; rows without a deterministic "
-            f"action are the models with chain {CHAINS[-1]}, sampled differently."
+            "candidate, all steps of `ddpm`. *Exact denoiser*: the same chain around what a perfectly trained network would tell. *Gaussian*: mean "
+            "and standard deviations of the data."
         ),
         pictures=[
             (
@@ -356,6 +352,33 @@ def main() -> None:
                 "grey ones are those of a perfectly trained network, sampled by the same chain.",
             )
         ],
+    )
+    best = "lower right"
+    write_table(
+        RESULTS / "bandit_samplers.json",
+        "Toy: samplers on the bandit with four corners",
+        [
+            "chain and sampler",
+            "passes",
+            "cloning: outside",
+            "cloning: gap",
+            *(f"with action values: {column}" for column in (best, "outside", "mean reward")),
+        ],
+        [
+            [
+                f"{chain}, {sampler}, {n_steps} steps",
+                2 * n_steps - 1 if sampler == "heun" else n_steps,
+                numbers["cloning"]["outside"],
+                numbers["cloning"]["gap"],
+                *(numbers["with action values"][column] for column in (best, "outside", "mean_reward")),
+            ]
+            for (chain, sampler, n_steps), numbers in by_sampler.items()
+        ],
+        text=(
+            f"The models with chains of {' and '.join(map(str, SAMPLERS))} steps from the table above, which were trained with "
+            f"all steps of `ddpm`, acting with other samplers; {N_SAMPLES:,} actions each, columns as there. *Passes*: "
+            "through the actor, per action."
+        ),
     )
 
 

@@ -33,7 +33,8 @@ training, **best** the highest of a run's evaluations, which is chosen with the 
 flatters. Both are interquartile means over runs (seeds) with a 95 % stratified bootstrap interval in brackets; with fewer
 than four runs the interquartile mean is the plain mean, with one run there is no interval. *All episodes* is the
 interquartile mean of the single episodes of the last evaluation, all runs together. *Steps / s* counts training alone,
-*time* evaluations too, *actions / s* one observation at a time; all are means over runs. Make the page again with `make tables`.
+*time* evaluations too, *actions / s* one observation at a time; all are means over runs. Make the page again with `make
+tables`.
 """
 
 

@@ -1,5 +1,5 @@
 """
-What an update and an action of DTQL cost, in units of one 1024 x 1024 x 1024 float32 matrix product in the same process.
+What an update and an action cost, in units of one 1024 x 1024 x 1024 float32 matrix product in the same process.
 
     python benchmarks/update_cost.py --threads 2
 
@@ -7,15 +7,17 @@ Medians over interleaved repetitions, so that a machine that changes its speed c
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch as th
 from harness import RESULTS, write_table
 from stable_baselines3 import SAC
 
-from sb3_diffusion import DTQL
+from sb3_diffusion import DTQL, DiffusionQL
 
 N_REPETITIONS = 60
 N_STEPS = 20_000
@@ -37,6 +39,17 @@ def measure(parts: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
 
 
+def best_of(model: Any, n_action_samples: int) -> Any:
+    """
+    :param model: an algorithm
+    :param n_action_samples: candidates
+    :return: a policy with its networks that chooses among candidates
+    """
+    policy = copy.copy(model.policy)
+    policy.n_action_samples = n_action_samples
+    return policy
+
+
 def main() -> None:
     """Measure and write ``benchmarks/results/update_cost.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,18 +64,25 @@ def main() -> None:
         terminals=np.zeros(N_STEPS, dtype=bool),
         timeouts=np.arange(1, N_STEPS + 1) % 1_000 == 0,
     )
-    dtql = DTQL("MlpPolicy", "Walker2d-v5", dataset=data, seed=0, device="cpu", n_imitation_steps=0).learn(1)
-    candidates = DTQL("MlpPolicy", "Walker2d-v5", dataset=data, seed=0, device="cpu", n_action_samples=1024)
+    arguments: dict[str, Any] = dict(policy="MlpPolicy", env="Walker2d-v5", dataset=data, seed=0, device="cpu")
+    dtql = DTQL(n_imitation_steps=0, **arguments).learn(1)
+    diffusion_ql = DiffusionQL(n_imitation_steps=0, **arguments).learn(1)
+    fast = DiffusionQL(sampler="ddim", n_sampling_steps=2, **arguments)
     sac = SAC("MlpPolicy", "Walker2d-v5", buffer_size=1, seed=0, device="cpu")
     left, right = th.randn(1024, 1024), th.randn(1024, 1024)
     one, many = data["observations"][0], data["observations"][:64]
     parts: dict[str, Callable[[], object]] = {
         "matrix product": lambda: left @ right,
-        "update": lambda: dtql.train(gradient_steps=1, batch_size=256),
-        "action, 1 observation": lambda: dtql.predict(one),
-        "action, 64 observations": lambda: dtql.predict(many),
-        "action, 1 observation, best of 1024": lambda: candidates.predict(one),
-        "action of SB3's SAC, 1 observation": lambda: sac.predict(one),
+        "DTQL: update": lambda: dtql.train(gradient_steps=1, batch_size=256),
+        "DTQL: action, 1 observation": lambda: dtql.predict(one),
+        "DTQL: action, 64 observations": lambda: dtql.predict(many),
+        "DTQL: action, 1 observation, best of 1024": lambda: best_of(dtql, 1024).predict(one),
+        "DiffusionQL: update": lambda: diffusion_ql.train(gradient_steps=1, batch_size=256),
+        "DiffusionQL: action, 1 observation": lambda: diffusion_ql.predict(one),
+        "DiffusionQL: action, 64 observations": lambda: diffusion_ql.predict(many),
+        "DiffusionQL: action, 1 observation, best of 50": lambda: best_of(diffusion_ql, 50).predict(one),
+        "DiffusionQL: action, 1 observation, 2 steps of DDIM": lambda: fast.predict(one),
+        "SB3's SAC: action, 1 observation": lambda: sac.predict(one),
     }
     milliseconds = measure(parts)
     unit = milliseconds["matrix product"]
@@ -71,11 +91,12 @@ def main() -> None:
     ]
     write_table(
         RESULTS / "update_cost.json",
-        "Cost of DTQL's update and action",
+        "Cost of an update and an action",
         ["what", "milliseconds (median)", "matrix products"],
         rows,
         text=(
-            f"Batch 256, {OBSERVATION_DIM} observation and {ACTION_DIM} action dimensions, networks of the published sizes, "
+            f"Batch 256, one update of the main loop, {OBSERVATION_DIM} observation and {ACTION_DIM} action dimensions, "
+            f"networks of the published sizes, "
             f"{th.get_num_threads()} threads. The unit is one 1024 x 1024 by 1024 x 1024 float32 product in the same process."
         ),
     )

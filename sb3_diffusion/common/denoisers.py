@@ -140,6 +140,8 @@ class EDMDenoiser(Denoiser):
         return (level.square() + self.sigma_data**2) / (level * self.sigma_data).square()
 
     def sampling_levels(self, n_sampling_steps: int) -> th.Tensor:
+        if n_sampling_steps < 1:
+            raise ValueError(f"`n_sampling_steps` must be at least 1: got {n_sampling_steps}.")
         sigmas = karras_sigmas(n_sampling_steps, self.sigma_min, self.sigma_max)
         return sigmas.to(next(self.net.parameters(), sigmas).device, th.float32)
 

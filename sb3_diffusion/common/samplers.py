@@ -120,7 +120,8 @@ def sample_dpm_solver(
 ) -> th.Tensor:
     r"""
     DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): a DDIM step on an estimate that is extrapolated from the last two,
-    in $\lambda = \ln(\alpha / \sigma)$. The last step, where $\lambda$ ends at infinity, is of first order.
+    in $\lambda = \ln(\alpha / \sigma)$. The last step, where $\lambda$ ends at infinity, is of first order. It pays once the
+    levels lie close; over long chains in few steps it overshoots where DDIM falls short.
 
     :param denoiser: model
     :param x: noisy data at the first level, shape ``(batch_size, ...)``
@@ -149,6 +150,9 @@ def sample_heun(
     r"""
     Heun's method of second order on the probability-flow equation (arXiv 2206.00364, algorithm 1), in the coordinates
     $x / \alpha$ and $\sigma / \alpha$, in which every model looks like EDM's: $2 n - 1$ evaluations for $n$ steps.
+
+    On a discrete chain $\sigma / \alpha$ starts in the hundreds (cosine schedule) and falls fast: with few steps the first
+    one is too long for a method of second order, and DDIM does better. Rounding may miss a bound of the estimates.
 
     :param denoiser: model
     :param x: noisy data at the first level, shape ``(batch_size, ...)``
