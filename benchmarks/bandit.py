@@ -342,8 +342,8 @@ def main() -> None:
             f"-{GAP} and {GAP}, where there are no data. *Mean reward*: without noise, and 0 outside. {options.steps:,} "
             f"updates, batch 100, three hidden layers of 128, learning rate 3e-4, `q_coef` {ROWS['with action values']} or 0, "
             f"`time_embedding_dim` {TIME_FEATURES} or 4, otherwise the defaults, seed {options.seed}; stochastic actions, one "
-            "candidate, all steps of `ddpm`. *Exact denoiser*: the same chain around what a perfectly trained network would tell. *Gaussian*: mean "
-            "and standard deviations of the data."
+            "candidate, all steps of `ddpm`. *Exact denoiser*: the same chain around what a perfectly trained network would "
+            "tell. *Gaussian*: mean and standard deviations of the data."
         ),
         pictures=[
             (
@@ -375,9 +375,9 @@ def main() -> None:
             for (chain, sampler, n_steps), numbers in by_sampler.items()
         ],
         text=(
-            f"The models with chains of {' and '.join(map(str, SAMPLERS))} steps from the table above, which were trained with "
-            f"all steps of `ddpm`, acting with other samplers; {N_SAMPLES:,} actions each, columns as there. *Passes*: "
-            "through the actor, per action."
+            f"The models with chains of {' and '.join(map(str, SAMPLERS))} steps from the table above, trained with all "
+            f"steps of `ddpm`, acting with other samplers; {N_SAMPLES:,} actions each, columns as there. *Passes*: through "
+            "the actor, per action."
         ),
     )
 

@@ -90,7 +90,8 @@ def main() -> None:
         rows,
         text=(
             f"One model, trained with the whole chain of 5 steps (`ddpm`) on {DATASET} for {model.num_timesteps:,} updates, "
-            f"run `{options.run}`; mean normalised score of {options.episodes} episodes, with latents of 0 and with drawn ones. "
+            f"run `{options.run}`; mean normalised score of {options.episodes} episodes, with latents of 0 and drawn "
+            "ones. "
             f"{th.get_num_threads()} thread."
         ),
     )

@@ -307,8 +307,8 @@ class DiffusionQL(ActorCriticAlgorithm):
 
     def _bc_loss(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         r"""
-        $L_d(\theta) = E[\|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_i} a + \sqrt{1 - \bar\alpha_i} \epsilon, s, i)\|^2]$ (eq. 2),
-        a mean over dimensions.
+        $L_d(\theta) = E[\|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_i} a + \sqrt{1 - \bar\alpha_i} \epsilon, s, i)\|^2]$,
+        eq. 2; a mean over dimensions.
         """
         noise = th.randn(actions.shape, generator=self.generator, device=self.device)
         step = th.randint(self.n_diffusion_steps, (len(actions),), generator=self.generator, device=self.device)
