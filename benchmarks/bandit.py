@@ -195,7 +195,7 @@ def samples_of(model: DiffusionQL, seed: int, sampler: str = "ddpm", n_sampling_
     :param n_sampling_steps: steps of the sampler; None for the whole chain
     :return: actions of the policy, ``(N_SAMPLES, 2)``
     """
-    model.actor.set_sampler(sampler, n_sampling_steps)
+    model.set_sampler(sampler, n_sampling_steps)
     model.set_random_seed(seed)
     return model.predict(np.zeros((N_SAMPLES, 2), dtype=np.float32), deterministic=False)[0]
 

@@ -65,7 +65,7 @@ def main() -> None:
     one, many = dataset.observations[0], dataset.observations[:64]
     rows: list[list[str | float | int | None]] = []
     for sampler, n_steps in CHAINS:
-        model.actor.set_sampler(sampler, n_steps)
+        model.set_sampler(sampler, n_steps)
         calls = 2 * n_steps - 1 if sampler == "heun" else n_steps
         means = []
         for deterministic in (True, False):

@@ -45,7 +45,7 @@ def main() -> None:
         if n_sampling_steps is not None and n_sampling_steps > options.diffusion_steps:
             continue
         # The weights stay as they are: only the way from noise to action changes
-        model.actor.set_sampler(sampler, n_sampling_steps)
+        model.set_sampler(sampler, n_sampling_steps)
         # The same noise and the same starts for each; `deterministic=True` would follow the chain from the noise 0
         model.set_random_seed(0)
         test_env.reset(seed=0)

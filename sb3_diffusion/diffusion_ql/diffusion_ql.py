@@ -254,6 +254,17 @@ class DiffusionQL(ActorCriticAlgorithm):
         assert isinstance(self.actor.averaged, DiffusionActor)
         self.actor_target = self.actor.averaged
 
+    def set_sampler(self, sampler: str, n_sampling_steps: int | None = None) -> None:
+        """
+        Choose how the reverse chain is run from now on, when acting and in training; a saved model remembers it.
+
+        :param sampler: ``"ddpm"``, ``"ddim"``, ``"dpm_solver"`` or ``"heun"``
+        :param n_sampling_steps: at most ``n_diffusion_steps``; None for all
+        :raises ValueError: if there is no such sampler, or the chain is shorter
+        """
+        self.actor.set_sampler(sampler, n_sampling_steps)
+        self.sampler, self.n_sampling_steps = sampler, n_sampling_steps
+
     # ---------------------------------------------------------------- Algorithm 1
 
     def train(self, gradient_steps: int, batch_size: int | None = None) -> None:

@@ -250,6 +250,10 @@ class DiffusionQLPolicy(ActorCriticPolicy):
         self.critic.optimizer = self.make_optimizer(self.critic, critic_learning_rate or lr_schedule(1.0))
         self.set_training_mode(False)
 
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        chosen = dict(sampler=self.actor.sampler, n_sampling_steps=self.actor.n_sampling_steps)
+        return dict(super()._get_constructor_parameters(), **chosen)
+
 
 MlpPolicy = DiffusionQLPolicy
 
