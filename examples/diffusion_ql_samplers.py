@@ -1,7 +1,7 @@
 """
 Diffusion-QL: train once, then choose how the chain is run when acting.
 
-    python examples/diffusion_ql_samplers.py --steps 5000 --episodes 20
+    python examples/diffusion_ql_samplers.py --steps 3000 --episodes 5
 """
 
 import argparse
@@ -29,9 +29,9 @@ def main() -> None:
     """Print the mean return in the data, then of the trained policy with several samplers, and what an action costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default=DEFAULT_DATASET_ID, help="any Minari id; the default is recorded on first use")
-    parser.add_argument("--steps", type=int, default=5_000, help="gradient steps on the data")
+    parser.add_argument("--steps", type=int, default=3_000, help="gradient steps on the data")
     parser.add_argument("--diffusion-steps", type=int, default=5, help="length of the chain")
-    parser.add_argument("--episodes", type=int, default=20, help="episodes of each evaluation")
+    parser.add_argument("--episodes", type=int, default=5, help="episodes of each evaluation")
     options = parser.parse_args()
 
     # The env in which the data was recorded brings it along, so that the model finds its dataset by itself
