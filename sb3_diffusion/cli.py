@@ -116,7 +116,7 @@ def train(
         sb3-diffusion train --resume runs/hopper/model.zip --online --steps 250000 --out runs/hopper_online
         sb3-diffusion train --env Pendulum-v1 --steps 20000
 
-    :param algo: name of the algorithm, in lower case; dtql by default
+    :param algo: name of the algorithm, such as dtql or diffusion_ql; dtql by default
     :param dataset: Minari id, path of an HDF5 file in D4RL's layout, or D4RL name; without one training is online
     :param env: Gymnasium id; by default the environment of the dataset
     :param steps: timesteps in total, those before --resume included; gradient steps offline, env steps online
@@ -223,7 +223,7 @@ def evaluate(
     :param n_envs: environments that step together
     :param stochastic: sample actions instead of taking the deterministic ones
     :param seed: of the environments
-    :param algo: name of the algorithm, in lower case; by default that of the train.json beside the model, else dtql
+    :param algo: name of the algorithm; by default that of the train.json beside the model, else dtql
     :param device: cpu, cuda, ... or auto
     :param json: print one JSON object instead of a table
     :return: exit status
@@ -393,11 +393,11 @@ class _StopOnSignal(BaseCallback):
 def _algorithm(name: str | None) -> type[Any]:
     from sb3_diffusion import ALGORITHMS
 
-    known = {key.lower(): cls for key, cls in ALGORITHMS.items()}
-    name = (name or "dtql").lower()
-    if name not in known:
-        raise ValueError(f"There is no algorithm {name!r}; there are: {', '.join(sorted(known))}.")
-    return known[name]
+    known = {cls.__name__.lower(): cls for cls in ALGORITHMS.values()}  # dtql, diffusionql
+    key = (name or "dtql").lower().replace("_", "").replace("-", "")
+    if key not in known:
+        raise ValueError(f"There is no algorithm {name!r}; there are: {', '.join(sorted(ALGORITHMS))}.")
+    return known[key]
 
 
 def _load_dataset(source: str, env_id: str | None = None) -> OfflineDataset:

@@ -363,12 +363,15 @@ def test_targets_at_terminations_and_truncations(n_steps: int) -> None:
 @pytest.mark.parametrize(
     ("name", "matters"), [("actor_target", True), ("critic_target", True), ("actor", False), ("critic", False)]
 )
-def test_targets_come_from_the_averaged_actor_and_the_target_critic(name: str, matters: bool) -> None:
-    model, batch = make_model(), make_batch(16)
+@pytest.mark.parametrize("features_alone", [False, True])
+def test_targets_come_from_the_averaged_actor_and_the_target_critic(name: str, matters: bool, features_alone: bool) -> None:
+    model, batch = make_model(policy_kwargs=dict(features_extractor_class=LinearExtractor)), make_batch(16)
+    tame(model.actor_target)
     state = model.generator.get_state()
     before = model._next_values(batch)
     network = getattr(model, name)
-    perturb(network.parameters() if matters else trained(network))
+    part = network.features_extractor if features_alone else network
+    perturb(part.parameters() if matters else trained(part))
     model.generator.set_state(state)
     assert th.equal(model._next_values(batch), before) is not matters
 
