@@ -84,17 +84,21 @@ class DiffusionActor(Actor):
         :param n_sampling_steps: at most the length of the chain; None for all of it
         """
         check_choice("sampler", sampler, tuple(SAMPLERS))
-        n_diffusion_steps = self.denoiser.n_diffusion_steps
-        check_range("n_sampling_steps", n_sampling_steps or n_diffusion_steps, 1, n_diffusion_steps)
+        if n_sampling_steps is not None:
+            check_range("n_sampling_steps", n_sampling_steps, 1, self.denoiser.n_diffusion_steps)
         self.sampler = sampler
         self.n_sampling_steps = n_sampling_steps
         if isinstance(self.averaged, DiffusionActor):
             self.averaged.set_sampler(sampler, n_sampling_steps)
 
     @property
+    def n_steps(self) -> int:
+        """Steps that the sampler takes."""
+        return self.denoiser.n_diffusion_steps if self.n_sampling_steps is None else self.n_sampling_steps
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
-        n_steps = self.n_sampling_steps or self.denoiser.n_diffusion_steps
-        return (n_steps if self.sampler in STOCHASTIC_SAMPLERS else 1, self.action_dim)
+        return (self.n_steps if self.sampler in STOCHASTIC_SAMPLERS else 1, self.action_dim)
 
     def sample(self, features: th.Tensor, latents: th.Tensor) -> th.Tensor:
         """
@@ -104,7 +108,7 @@ class DiffusionActor(Actor):
         :param latents: what the chain draws, shape ``(batch_size, *latent_shape)``
         :return: actions in [-1, 1], shape ``(batch_size, action_dim)``
         """
-        levels = self.denoiser.sampling_levels(self.n_sampling_steps or self.denoiser.n_diffusion_steps)
+        levels = self.denoiser.sampling_levels(self.n_steps)
         start, *noises = latents.unbind(dim=1)
         actions = SAMPLERS[self.sampler](
             self.denoiser, self.denoiser.prior(start, levels[:1]), levels, features, noises or None
