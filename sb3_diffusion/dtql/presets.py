@@ -56,12 +56,16 @@ def _antmaze(learning_rate: float, trust_region_coef: float, decay: bool, n_epoc
 
 LOCOMOTION: dict[str, Any] = dict(
     learning_rate=CosineSchedule(3e-4),
+    gamma=0.995,
     n_steps=5,
-    expectile=0.9,
+    q_coef=1.0,
     ema_decay=0.9995,
     default_total_timesteps=50_000,
 )
-"""Our own for dense rewards and long episodes: values that travel faster, and weights that come to rest at the end."""
+"""
+Our own for dense rewards and long episodes: values that see a fall that is 200 steps away and travel there fast enough, a
+critic that comes to rest, and a longer average.
+"""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": LOCOMOTION,
