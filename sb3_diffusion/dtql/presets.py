@@ -57,7 +57,7 @@ def _antmaze(learning_rate: float, trust_region_coef: float, decay: bool, n_epoc
 
 
 LOCOMOTION: dict[str, Any] = dict(
-    learning_rate=LinearSchedule(3e-4, 1e-5, end_fraction=0.4),
+    learning_rate=LinearSchedule(3e-4, 0.0, end_fraction=0.4),
     gamma=0.995,
     n_steps=5,
     ema_decay=0.9995,
@@ -65,7 +65,7 @@ LOCOMOTION: dict[str, Any] = dict(
 )
 """
 Our own for dense rewards and long episodes: values that see a fall that is 200 steps away and travel there fast enough, a
-longer average, and learning rates that fall before the critic learns the noise of the data by heart.
+longer average, and learning rates that end before the critic learns the noise of the data by heart.
 """
 
 PRESETS: dict[str, dict[str, Any]] = {
