@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -1304,6 +1305,19 @@ def test_sampler_may_be_changed_after_training(sampler: str, n_sampling_steps: i
     assert (averaged.take(), online.take()) == ([], [5] * n_calls)
     model.train(gradient_steps=1, batch_size=16)  # it may go on, with the new sampler
     assert (averaged.take(), online.take()) == ([16] * n_calls, [16] * (1 + n_calls))
+
+
+def test_files_remember_the_sampler(tmp_path: Path) -> None:
+    model = make_model()
+    model.set_sampler("ddim", 2)
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy")
+    loaded = DiffusionQL.load(tmp_path / "model", device="cpu")
+    policies = [loaded.policy, DiffusionQLPolicy.load(tmp_path / "policy", device="cpu")]
+    for holder in (loaded, *[actor for policy in policies for actor in (policy.actor, policy.actor.averaged)]):
+        assert (holder.sampler, holder.n_sampling_steps) == ("ddim", 2)
+    actions, _ = model.predict(some_observations(4), deterministic=True)
+    np.testing.assert_array_equal(loaded.predict(some_observations(4), deterministic=True)[0], actions)
 
 
 @pytest.mark.parametrize(
