@@ -92,13 +92,13 @@ class DiffusionActor(Actor):
             self.averaged.set_sampler(sampler, n_sampling_steps)
 
     @property
-    def n_steps(self) -> int:
+    def sampling_length(self) -> int:
         """Steps that the sampler takes."""
         return self.denoiser.n_diffusion_steps if self.n_sampling_steps is None else self.n_sampling_steps
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        return (self.n_steps if self.sampler in STOCHASTIC_SAMPLERS else 1, self.action_dim)
+        return (self.sampling_length if self.sampler in STOCHASTIC_SAMPLERS else 1, self.action_dim)
 
     def sample(self, features: th.Tensor, latents: th.Tensor) -> th.Tensor:
         """
@@ -108,7 +108,7 @@ class DiffusionActor(Actor):
         :param latents: what the chain draws, shape ``(batch_size, *latent_shape)``
         :return: actions in [-1, 1], shape ``(batch_size, action_dim)``
         """
-        levels = self.denoiser.sampling_levels(self.n_steps)
+        levels = self.denoiser.sampling_levels(self.sampling_length)
         start, *noises = latents.unbind(dim=1)
         actions = SAMPLERS[self.sampler](
             self.denoiser, self.denoiser.prior(start, levels[:1]), levels, features, noises or None
