@@ -11,13 +11,13 @@ from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim, is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.utils import polyak_update
 from torch import nn
+from torch.func import functional_call
 
 from sb3_diffusion.common.denoisers import EDMDenoiser
 from sb3_diffusion.common.serialization import PickleFreeModule
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
-from sb3_diffusion.common.utils import check_choice, make_optimizer
+from sb3_diffusion.common.utils import check_choice, make_optimizer, move_average
 
 SelfActor = TypeVar("SelfActor", bound="Actor")
 
@@ -173,7 +173,7 @@ class Actor(Network, BasePolicy):
         assert self.averaged is not None
         trained = dict(self.named_parameters())
         averaged = dict(self.averaged.named_parameters())
-        polyak_update([trained[name] for name in averaged], averaged.values(), 1.0 - decay)
+        move_average(averaged.values(), [trained[name] for name in averaged], decay)
         buffers = dict(self.named_buffers())
         for name, buffer in self.averaged.named_buffers():
             buffer.copy_(buffers[name])
@@ -324,6 +324,18 @@ class QCritic(Network):
         """
         return self.q_net(th.cat([features, actions], dim=-1))
 
+    def q_values_of(self, member: th.Tensor, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        One critic's values, without the cost of the others.
+
+        :param member: number of the critic, shape ``(1,)``
+        :param features: shape ``(batch_size, features_dim)``
+        :param actions: shape ``(batch_size, action_dim)``, in [-1, 1]
+        :return: values, shape ``(1, batch_size, 1)``
+        """
+        weights = {name: weight[member] for name, weight in self.q_net.named_parameters()}
+        return functional_call(self.q_net, weights, (th.cat([features, actions], dim=-1),))
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(super()._get_constructor_parameters(), **self._own_arguments)
 
@@ -461,7 +473,7 @@ class ActorCriticPolicy(DiffusionPolicy):
         """
         online = dict(self.critic.named_parameters())
         targets = dict(self.critic_target.named_parameters())
-        polyak_update([online[name] for name in targets], targets.values(), tau)
+        move_average(targets.values(), [online[name] for name in targets], 1.0 - tau)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if self.n_action_samples == 1:

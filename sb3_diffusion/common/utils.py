@@ -29,6 +29,20 @@ def minimize(optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: floa
     return loss.detach()
 
 
+def move_average(averages: Iterable[th.Tensor], values: Iterable[th.Tensor], decay: float) -> None:
+    """
+    Move averages towards values, in place: SB3's ``polyak_update`` for all tensors in one call.
+
+    :param averages: tensors to change
+    :param values: tensors of the same shapes, in the same order
+    :param decay: share of the averages that stays
+    """
+    averages = list(averages)
+    with th.no_grad():
+        th._foreach_mul_(averages, decay)
+        th._foreach_add_(averages, list(values), alpha=1.0 - decay)
+
+
 @register_value_class
 class CosineSchedule:
     r"""

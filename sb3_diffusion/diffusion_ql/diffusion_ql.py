@@ -328,20 +328,21 @@ class DiffusionQL(ActorCriticAlgorithm):
     def _q_loss(self, batch: Batch, features: th.Tensor) -> th.Tensor:
         r"""$-E[Q(s, a_0)] / E|Q|$ with $a_0 \sim \pi_\theta(\cdot | s)$ (eq. 3); the denominator is a constant."""
         actions = self.actor.sample(features, self._draw_latents(len(features)))
-        q_values = self.critic(batch.observations, actions)
-        first = th.randint(len(q_values), (1,), generator=self.generator, device=self.device)
-        return -q_values[first].mean() / self._q_scale(batch, q_values.detach(), first)
+        first = th.randint(self.critic.n_critics, (1,), generator=self.generator, device=self.device)
+        with th.no_grad():
+            critic_features = self.critic.features(batch.observations)
+            scale = self._q_scale(batch, critic_features, actions, first)
+        return -self.critic.q_values_of(first, critic_features, actions).mean() / scale
 
-    def _q_scale(self, batch: Batch, q_values: th.Tensor, first: th.Tensor) -> th.Tensor | float:
-        """What the value of the critic number ``first`` is divided by in the actor's loss."""
+    def _q_scale(self, batch: Batch, features: th.Tensor, actions: th.Tensor, first: th.Tensor) -> th.Tensor | float:
+        """What the value of the critic number ``first`` is divided by in the actor's loss; ``features`` are the critics'."""
         if self.q_normalization is None:
             return 1.0
         if self.q_normalization == "cross_critic":
-            others = q_values[(first + 1) % len(q_values)]
+            q_values = self.critic.q_values_of((first + 1) % self.critic.n_critics, features, actions)
         else:
-            with th.no_grad():
-                others = self.critic(batch.observations, batch.actions)
-        return others.abs().mean().clamp(min=MIN_Q_SCALE)
+            q_values = self.critic.q_values(features, batch.actions)
+        return q_values.abs().mean().clamp(min=MIN_Q_SCALE)
 
     def _actor_loss(self, batch: Batch) -> th.Tensor:
         r"""$L(\theta) = L_d(\theta) + \eta L_q(\theta)$ (eq. 3); $L_d$ alone while it imitates."""
