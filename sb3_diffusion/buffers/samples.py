@@ -1,6 +1,6 @@
 """What ``sample()`` returns, and how batches are put together."""
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
@@ -10,6 +10,68 @@ SamplesT = TypeVar("SamplesT", bound=tuple)
 
 Batch = ReplayBufferSamples | DictReplayBufferSamples
 """What a buffer's ``sample`` returns: the observations of the second are dicts."""
+
+Observations = th.Tensor | dict[str, th.Tensor]
+
+
+class TrajectorySamples(NamedTuple):
+    """
+    What ``TrajectoryReplayBuffer.sample(n)`` returns: ``n`` windows of ``H = horizon`` rows, ``stride`` env steps apart.
+
+    :ivar observations: ``(n, H, *obs_shape)`` in the stored type, a dict of such tensors for Dict observations
+    :ivar actions: ``(n, H, stride * action_dim)`` in [-1, 1]; those of one row one after the other
+    :ivar rewards: ``(n, H)``, the sum of the rewards of each row's steps
+    :ivar mask: ``(n, H)``, 1 on rows that begin with a stored step of the episode, 0 on padding
+    :ivar returns: ``(n, 1)``, discounted sum of the raw rewards from each window's first step to the end of its episode
+    :ivar terminated: ``(n, 1)``, 1 if that episode ended in a terminal state, 0 if it was truncated or still runs
+    """
+
+    observations: Observations
+    actions: th.Tensor
+    rewards: th.Tensor
+    mask: th.Tensor
+    returns: th.Tensor
+    terminated: th.Tensor
+
+
+class FutureStateSamples(NamedTuple):
+    """
+    What ``FutureStateReplayBuffer.sample(n)`` returns: transitions, in the order of SB3's samples, each with a state ``k``
+    steps on.
+
+    Where a transition starts at step ``t`` of an episode whose last state is ``s_T``, ``steps_remaining`` is ``T - t``.
+
+    :ivar observations: ``s_t``, ``(n, *obs_shape)`` in the stored type, a dict of such tensors for Dict observations
+    :ivar actions: ``a_t``, ``(n, action_dim)`` in [-1, 1]
+    :ivar next_observations: ``s_{t+1}``, like ``observations``; after several steps if the buffer has ``n_steps`` above 1
+    :ivar dones: ``(n, 1)``, 1 where ``next_observations`` is a terminal state, 0 at truncations
+    :ivar rewards: ``(n, 1)``
+    :ivar discounts: ``(n, 1)`` if the buffer has ``n_steps`` above 1, else None
+    :ivar future_observations: ``s_{t+k}``, like ``observations``; ``s_T`` where ``k`` is above ``steps_remaining``
+    :ivar offsets: ``k``, int64 ``(n, 1)``, at least 1. To tell the next state from later ones, compare these with 1
+        rather than states with each other.
+    :ivar steps_remaining: number of future states, int64 ``(n, 1)``, at least 1; one less for ``next_observations``
+    :ivar next_actions: the logged action in ``next_observations``, ``(n, action_dim)``; zeros where there is none
+    :ivar has_next_actions: ``(n, 1)``, 0 where the episode ends, or is only stored up to, ``next_observations``
+    :ivar absorbed: ``(n, 1)``, 1 where ``k`` is above ``steps_remaining`` and the episode terminated: the future state is
+        known to be ``s_T``, no longer alive
+    :ivar unknown: ``(n, 1)``, 1 where ``k`` is above ``steps_remaining`` and the episode was truncated or still runs: the
+        future state is not known, only that it follows ``s_T``
+    """
+
+    observations: Observations
+    actions: th.Tensor
+    next_observations: Observations
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: th.Tensor | None
+    future_observations: Observations
+    offsets: th.Tensor
+    steps_remaining: th.Tensor
+    next_actions: th.Tensor
+    has_next_actions: th.Tensor
+    absorbed: th.Tensor
+    unknown: th.Tensor
 
 
 def concat_samples(first: SamplesT, second: SamplesT) -> SamplesT:

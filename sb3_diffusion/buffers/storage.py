@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -184,6 +185,21 @@ class EpisodeReplayBuffer(ReplayBuffer):
     observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]
     next_observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]
 
+    state_options: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "buffer_size": int,
+        "n_envs": int,
+        "pos": int,
+        "full": bool,
+        "read_only": bool,
+        "optimize_memory_usage": bool,
+        "handle_timeout_termination": bool,
+        "n_steps": int,
+        "gamma": float,
+    }
+    """Attributes that belong to the state beside the arrays, and what converts a saved value."""
+    required_arguments: ClassVar[tuple[str, ...]] = ()
+    """Constructor arguments without a default, among the ``state_options``; a file needs them to make a buffer."""
+
     def __init__(
         self,
         buffer_size: int,
@@ -197,17 +213,6 @@ class EpisodeReplayBuffer(ReplayBuffer):
         gamma: float = 0.99,
         generator: th.Generator | None = None,
     ) -> None:
-        if n_envs < 1:
-            raise ValueError(f"`n_envs` must be at least 1: got {n_envs}.")
-        if n_steps < 1:
-            raise ValueError(f"`n_steps` must be at least 1: got {n_steps}; 1 gives single transitions.")
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"`gamma` must lie in [0, 1]: got {gamma}.")
-        if optimize_memory_usage and handle_timeout_termination:
-            raise ValueError(
-                f"{type(self).__name__} does not support optimize_memory_usage = True and handle_timeout_termination = True "
-                "simultaneously: the observation after a timeout is not stored. Set one of the two to False."
-            )
         # ReplayBuffer's own constructor allocates one array for the observations, which a Dict space does not allow
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.optimize_memory_usage = optimize_memory_usage
@@ -216,7 +221,27 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self.gamma = gamma
         self.read_only = False
         self._generator = generator
+        self._check_options()
         self._allocate(max(buffer_size // n_envs, 1))
+
+    def _check_options(self) -> None:
+        """
+        Check the arguments, be they given to the constructor or found in a state; a subclass adds its own, and sets them
+        before it calls this constructor.
+
+        :raises ValueError: if arguments are out of range or exclude each other
+        """
+        if self.n_envs < 1:
+            raise ValueError(f"`n_envs` must be at least 1: got {self.n_envs}.")
+        if self.n_steps < 1:
+            raise ValueError(f"`n_steps` must be at least 1: got {self.n_steps}; 1 gives single transitions.")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"`gamma` must lie in [0, 1]: got {self.gamma}.")
+        if self.optimize_memory_usage and self.handle_timeout_termination:
+            raise ValueError(
+                f"{type(self).__name__} does not support optimize_memory_usage = True and handle_timeout_termination = True "
+                "simultaneously: the observation after a timeout is not stored. Set one of the two to False."
+            )
 
     @classmethod
     def from_dataset(
@@ -289,12 +314,26 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self.rewards = np.zeros(shape, dtype=np.float32)
         self.dones = np.zeros(shape, dtype=np.float32)
         self.timeouts = np.zeros(shape, dtype=np.float32)
-        # steps to the episode's last one and since its first one; written once it has ended
-        self._remaining = np.zeros(shape, dtype=np.int32)
-        self._elapsed = np.zeros(shape, dtype=np.int32)
+        self._allocate_index(shape)
         self._list_observations()
         self._clear()
         self._warn_if_too_large()
+
+    def _allocate_index(self, shape: tuple[int, int]) -> None:
+        """
+        Make the arrays that are computed from the stored ones.
+
+        :param shape: rows and environments
+        """
+        # steps to the episode's last one and since its first one; written once it has ended
+        self._remaining = np.zeros(shape, dtype=np.int32)
+        self._elapsed = np.zeros(shape, dtype=np.int32)
+
+    def _index_arrays(self) -> dict[str, np.ndarray]:
+        """
+        :return: the arrays of `_allocate_index`, by the names that they are gathered by
+        """
+        return {"remaining": self._remaining, "elapsed": self._elapsed}
 
     def _observation_arrays(self, shape: tuple[int, int]) -> np.ndarray | dict[str, np.ndarray]:
         """
@@ -329,7 +368,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self.rewards = np.asarray(dataset.rewards, dtype=np.float32).reshape(n_rows, 1)
         self.timeouts = dataset.truncations.astype(np.float32).reshape(n_rows, 1)
         self.dones = dataset.terminations.astype(np.float32).reshape(n_rows, 1) + self.timeouts
-        self._remaining, self._elapsed = (np.zeros((n_rows, 1), dtype=np.int32) for _ in range(2))
+        self._allocate_index((n_rows, 1))
         self._clear()
         self.full = True
         self.read_only = True
@@ -477,8 +516,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         :param last: its last step
         :param env: number of the environment
         """
-        start = int(self._episode_start[env])
-        first = max(start, self._n_added - self.buffer_size)  # of those that are still stored
+        start, first = int(self._episode_start[env]), self._first_running(env)
         if last < first:
             return
         steps = np.arange(first, last + 1)
@@ -487,6 +525,13 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self._elapsed[rows, env] = steps - start
         self._episode_start[env] = last + 1
         self._index_changed_from = min(self._index_changed_from, first)
+
+    def _first_running(self, env: int) -> int:
+        """
+        :param env: number of the environment
+        :return: first step of its running episode that is still stored
+        """
+        return max(int(self._episode_start[env]), self._n_added - self.buffer_size)
 
     def _index_all(self) -> None:
         """Index all stored steps anew."""
@@ -634,16 +679,31 @@ class EpisodeReplayBuffer(ReplayBuffer):
         # the next observation of the newest step may lie one row further on
         ahead = int(self.optimize_memory_usage)
         if mirror is None or mirror.device != self.device:
-            arrays = {**self._arrays(), "remaining": self._remaining, "elapsed": self._elapsed}
+            arrays = {**self._arrays(), **self._index_arrays()}
             mirror = self._mirror = self._make_mirror(arrays, min(self._n_added + ahead, self.buffer_size))
         elif mirror.copied and min(self._n_mirrored, self._index_changed_from) < self._n_added:
+            index_arrays = self._index_arrays()
             for name in mirror.copied:
-                is_index = name in ("remaining", "elapsed")
                 # one more than is new, as `dones` of the last row may have been set since
-                first = self._index_changed_from if is_index else max(self._n_mirrored - 1, 0)
+                first = self._index_changed_from if name in index_arrays else max(self._n_mirrored - 1, 0)
                 mirror.refresh(name, first, self._n_added + ahead - first)
         self._n_mirrored = self._index_changed_from = self._n_added
         return mirror
+
+    def _drawable_rows(self) -> tuple[int, int]:
+        """
+        :return: number of rows whose steps may be drawn, and the first of them
+        :raises RuntimeError: if there is none
+        """
+        n_rows, first = self.size(), 0
+        if self.optimize_memory_usage and self.full:
+            n_rows, first = n_rows - 1, self.pos + 1
+        if n_rows == 0:
+            raise RuntimeError(
+                "There is no transition to sample: the replay buffer is empty"
+                + (", as a capacity of 1 leaves none with `optimize_memory_usage`." if self.full else "; add some first.")
+            )
+        return n_rows, first
 
     def draw_indices(self, batch_size: int) -> th.Tensor:
         """
@@ -654,14 +714,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         :return: flat indices, int64 ``(batch_size,)``, on ``device``
         :raises RuntimeError: if there is no step to draw
         """
-        n_rows, first = self.size(), 0
-        if self.optimize_memory_usage and self.full:
-            n_rows, first = n_rows - 1, self.pos + 1
-        if n_rows == 0:
-            raise RuntimeError(
-                "There is no transition to sample: the replay buffer is empty"
-                + (", as a capacity of 1 leaves none with `optimize_memory_usage`." if self.full else "; add some first.")
-            )
+        n_rows, first = self._drawable_rows()
         generator = self.generator
         index = th.randint(n_rows * self.n_envs, (batch_size,), generator=generator, device=generator.device)
         if first:
@@ -789,7 +842,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         Everything that `set_state` needs to restore this buffer exactly, as numpy arrays, numbers and strings.
 
         :return: arrays cut to the stored rows, under ``"observations"`` and so on (``"observations.<key>"`` for a Dict),
-            sizes, options, write position and the state of the generator. Arrays are views: write or copy them before the
+            the ``state_options`` and the state of the generator. Arrays are views: write or copy them before the
             next `add`.
         """
         n_rows = self.size()
@@ -800,7 +853,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         }
         return {
             **arrays,
-            **{name: getattr(self, name) for name in _STATE_NUMBERS},
+            **{name: getattr(self, name) for name in self.state_options},
             "generator_device": self.generator.device.type,
             "generator_state": self.generator.get_state().numpy(),
         }
@@ -815,17 +868,18 @@ class EpisodeReplayBuffer(ReplayBuffer):
         :param state: from `get_state`; its arrays are copied
         :raises ValueError: if something is missing or does not fit; says what
         """
-        missing = [name for name in (*_STATE_NUMBERS, "generator_device", "generator_state") if name not in state]
+        missing = [name for name in (*self.state_options, "generator_device", "generator_state") if name not in state]
         if missing:
             raise ValueError(f"The state of a replay buffer must have {missing}: it has {sorted(state)}.")
-        numbers = {name: kind(state[name]) for name, kind in _STATE_NUMBERS.items()}
-        n_rows, pos, full = numbers["buffer_size"], numbers["pos"], numbers["full"]
-        if min(n_rows, numbers["n_envs"], numbers["n_steps"]) < 1 or not 0 <= pos < n_rows or not 0 <= numbers["gamma"] <= 1:
-            raise ValueError(f"The numbers in the state of the replay buffer do not fit each other: {numbers}.")
+        options = {name: convert(state[name]) for name, convert in self.state_options.items()}
+        n_rows, pos, full = options["buffer_size"], options["pos"], options["full"]
+        if not 0 <= pos < n_rows:
+            raise ValueError(f"The numbers in the state of the replay buffer do not fit each other: {options}.")
         generator = self._restored_generator(str(state["generator_device"]), state["generator_state"])
         fresh: EpisodeReplayBuffer = object.__new__(type(self))
         fresh.__dict__.update(self.__dict__)
-        fresh.__dict__.update(numbers)
+        fresh.__dict__.update(options)
+        fresh._check_options()
         fresh._allocate(n_rows)
         fresh.pos, fresh.full = pos, full
         n_filled = n_rows if full else pos
@@ -859,19 +913,6 @@ class EpisodeReplayBuffer(ReplayBuffer):
         :return: attributes for copying; without the mirror, whose views would not follow
         """
         return {**self.__dict__, "_generator": self.generator, "_mirror": None}
-
-
-_STATE_NUMBERS: dict[str, type] = {
-    "buffer_size": int,
-    "n_envs": int,
-    "pos": int,
-    "full": bool,
-    "read_only": bool,
-    "optimize_memory_usage": bool,
-    "handle_timeout_termination": bool,
-    "n_steps": int,
-    "gamma": float,
-}
 
 
 def _fill(array: np.ndarray, values: Any, name: str) -> None:

@@ -202,7 +202,8 @@ def _buffer_from_state(
     if not hasattr(cls, "set_state"):
         raise FileFormatError(f"The file describes a buffer with `set_state`, which {cls.__name__} does not have.")
     try:
-        buffer = cls(1, values["observation_space"], values["action_space"], device=device)
+        arguments = {name: state[name] for name in getattr(cls, "required_arguments", ())}
+        buffer = cls(1, values["observation_space"], values["action_space"], device=device, **arguments)
         buffer.set_state(state)  # type: ignore[attr-defined]
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise FileFormatError(f"The file's state does not fit a {cls.__name__}: {error}") from error
