@@ -6,9 +6,19 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from sb3_diffusion import DTQL, DiffusionQL, OfflineAlgorithm
+from sb3_diffusion import DTQL, Diffuser, DiffusionQL, OfflineAlgorithm
 
-FEATURES = ("images", "her", "n_steps", "multi_discrete", "learns_online")
+FEATURES = (
+    "images",
+    "her",
+    "n_steps",
+    "multi_discrete",
+    "learns_online",
+    "reward_transform",
+    "pretraining",
+    "extractors",
+    "stateless",
+)
 
 
 class AlgoSpec:
@@ -51,12 +61,27 @@ class AlgoSpec:
         policy_kwargs = {**self.kwargs.get("policy_kwargs", {}), **kwargs.pop("policy_kwargs", {})}
         return self.cls(policy, env, dataset=dataset, **{**self.kwargs, **kwargs, "policy_kwargs": policy_kwargs})
 
+    def pretraining(self, n_steps: int) -> dict[str, Any]:
+        """:return: constructor arguments of a pretraining phase, none if the algorithm has no such phase"""
+        return {} if "pretraining" in self.lacks else {"n_pretrain_steps": n_steps}
+
     def need(self, *features: str) -> None:
         """Skip the running test if the algorithm lacks one of the features."""
         for feature in features:
             if feature in self.lacks:
                 pytest.skip(f"{self.name} has no {feature}")
 
+
+WITHOUT_IN_DIFFUSER = (
+    "images",
+    "her",
+    "n_steps",
+    "multi_discrete",
+    "reward_transform",
+    "pretraining",
+    "extractors",
+    "stateless",
+)
 
 ALGOS = [
     AlgoSpec(
@@ -71,6 +96,25 @@ ALGOS = [
         n_imitation_steps=0,
         n_diffusion_steps=3,
         policy_kwargs=dict(net_arch=[16]),
+    ),
+    AlgoSpec(
+        Diffuser,
+        lacks=WITHOUT_IN_DIFFUSER,
+        bandit=dict(
+            horizon=2,
+            n_diffusion_steps=20,
+            sampler="ddim",
+            n_sampling_steps=4,
+            n_candidates=64,
+            learning_rate=2e-3,
+            tau=0.02,
+            batch_size=64,
+        ),
+        horizon=4,
+        n_diffusion_steps=3,
+        n_candidates=1,
+        guidance_scale=0.0,
+        policy_kwargs=dict(net_kwargs=dict(base_width=32, multipliers=[1, 2])),
     ),
 ]
 
@@ -101,5 +145,42 @@ VARIANTS = [  # further settings of the algorithms for the tests of the life cyc
         n_imitation_steps=3,
         max_grad_norm=1.0,
         policy_kwargs=dict(net_arch=[16]),
+    ),
+    AlgoSpec(
+        Diffuser,
+        name="Diffuser-guided",
+        lacks=WITHOUT_IN_DIFFUSER,
+        horizon=4,
+        n_diffusion_steps=4,
+        n_candidates=3,
+        guidance_scaling="std",
+        n_guidance_steps=1,
+        t_stopgrad=1,
+        n_action_steps=2,
+        ema_start=2,
+        ema_interval=2,
+        n_value_steps=4,
+        policy_kwargs=dict(net_kwargs=dict(base_width=32, multipliers=[1, 2], attention=True)),
+    ),
+    AlgoSpec(
+        Diffuser,
+        name="Diffuser-transformer",
+        lacks=WITHOUT_IN_DIFFUSER,
+        horizon=3,
+        stride=2,
+        n_diffusion_steps=6,
+        prediction_type="v",
+        sampler="ddim",
+        n_sampling_steps=2,
+        backbone="transformer",
+        normalization="limits",
+        n_candidates=1,
+        guidance_scale=0.0,
+        n_action_steps=4,
+        warm_start=0.5,
+        padding="zeros",
+        max_grad_norm=1.0,
+        normalize_observations=False,
+        policy_kwargs=dict(net_kwargs=dict(width=16, n_layers=1, n_heads=2)),
     ),
 ]

@@ -105,6 +105,8 @@ class OfflineAlgorithm(SavableAlgorithm):
     policy: DiffusionPolicy  # type: ignore[assignment]
     default_total_timesteps: int = 1_000_000
     """Length of a run that ``learn()`` is not told; a preset brings the published one."""
+    buffer_class: ClassVar[type[EpisodeReplayBuffer]] = EpisodeReplayBuffer
+    """Class of the buffer of logged data, and by default of that of online transitions."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Published settings by task, see [from_preset][sb3_diffusion.common.base_class.OfflineAlgorithm.from_preset]."""
 
@@ -271,10 +273,10 @@ class OfflineAlgorithm(SavableAlgorithm):
     def _make_replay_buffer(self) -> ReplayBuffer:
         if self.n_steps > 1 and self.reward_shift != 0.0:
             raise ValueError(f"`n_steps` must be 1 with a reward transform that shifts rewards: got {self.n_steps}.")
-        buffer_class = self.replay_buffer_class = self.replay_buffer_class or EpisodeReplayBuffer
+        buffer_class = self.replay_buffer_class = self.replay_buffer_class or self.buffer_class
         kwargs = dict(self.replay_buffer_kwargs)
         if issubclass(buffer_class, EpisodeReplayBuffer):
-            kwargs = {"n_steps": self.n_steps, "gamma": self.gamma, "generator": self.generator, **kwargs}
+            kwargs = {**self._buffer_arguments(), **kwargs}
         elif self.n_steps > 1 and "n_steps" not in kwargs:
             raise ValueError(
                 f"`n_steps={self.n_steps}` is for the default replay buffer; give {buffer_class.__name__} its own through "
@@ -293,6 +295,10 @@ class OfflineAlgorithm(SavableAlgorithm):
             optimize_memory_usage=self.optimize_memory_usage,
             **kwargs,
         )
+
+    def _buffer_arguments(self) -> dict[str, Any]:
+        """:return: arguments of the buffers of logged data and of online transitions that follow from the algorithm's own"""
+        return {"n_steps": self.n_steps, "gamma": self.gamma, "generator": self.generator}
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -334,22 +340,20 @@ class OfflineAlgorithm(SavableAlgorithm):
             return
         data = self._load_dataset(dataset, self)  # type: ignore[arg-type]
         data.check_spaces(self.observation_space, self.action_space)
-        self.dataset_buffer = EpisodeReplayBuffer.from_dataset(
-            data,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_steps=self.n_steps,
-            gamma=self.gamma,
-            generator=self.generator,
+        self.dataset_buffer = self.buffer_class.from_dataset(
+            data, self.observation_space, self.action_space, device=self.device, **self._buffer_arguments()
         )
         self.dataset = data
         self._offline = True
         self._fit_reward_transform(data)
         if self._n_updates == 0:
-            self.policy.fit_normalizer(data.observations)
+            self._fit_statistics(data)
         if self._vec_normalize_env is not None and is_unused(self._vec_normalize_env):
             fit_vec_normalize(self._vec_normalize_env, data)
+
+    def _fit_statistics(self, data: OfflineDataset) -> None:
+        """Take the policy's frozen statistics from the data."""
+        self.policy.fit_normalizer(data.observations)
 
     def _fit_reward_transform(self, data: OfflineDataset) -> None:
         if self.reward_transform == "normalize":

@@ -19,7 +19,7 @@ from sb3_diffusion.common.serialization import PickleFreeModule
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
 from sb3_diffusion.common.utils import check_choice, make_optimizer, move_average
 
-SelfActor = TypeVar("SelfActor", bound="Actor")
+SelfNetwork = TypeVar("SelfNetwork", bound="Network")
 
 FLAT_KEY = "observation"
 """Name under which a normaliser keeps the statistics of a space that is not a ``Dict``."""
@@ -81,7 +81,7 @@ def _subspaces(space: spaces.Space) -> dict[str, spaces.Space]:
 
 class Network(PickleFreeModule, BaseModel):
     """
-    A network on observations: features extractor, optional frozen normalisation, pickle-free files.
+    A network on observations: features extractor, optional frozen normalisation and moving average, pickle-free files.
 
     :param observation_space: observation space
     :param action_space: action space
@@ -117,6 +117,7 @@ class Network(PickleFreeModule, BaseModel):
         self.features_extractor = self.make_features_extractor() if features_extractor is None else features_extractor
         self.action_dim = get_action_dim(action_space)
         self.normalizer = ObservationNormalizer(observation_space) if normalize_observations else None
+        self.averaged: Network | None = None
 
     def features(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -129,6 +130,30 @@ class Network(PickleFreeModule, BaseModel):
         # A shared extractor is learned by its owner alone, as in SB3's ContinuousCritic
         with th.set_grad_enabled(th.is_grad_enabled() and not self.shares_features_extractor):
             return self.features_extractor(preprocessed)
+
+    def add_average(self) -> None:
+        """Keep a moving average of the weights; it starts from the present ones."""
+        self.averaged = deepcopy(self).requires_grad_(False)
+
+    def update_average(self, decay: float) -> None:
+        """
+        Move the averaged weights towards the present ones; running statistics of batch normalisation are copied.
+
+        :param decay: share of the average that stays
+        """
+        assert self.averaged is not None
+        trained = dict(self.named_parameters())
+        averaged = dict(self.averaged.named_parameters())
+        move_average(averaged.values(), [trained[name] for name in averaged], decay)
+        buffers = dict(self.named_buffers())
+        for name, buffer in self.averaged.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def train(self: SelfNetwork, mode: bool = True) -> SelfNetwork:
+        super().train(mode)
+        if self.averaged is not None:
+            self.averaged.train(False)
+        return self
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(
@@ -158,31 +183,6 @@ class Actor(Network, BasePolicy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, squash_output=True, **kwargs)
-        self.averaged: Actor | None = None
-
-    def add_average(self) -> None:
-        """Keep a moving average of the weights to act with; it starts from the present ones."""
-        self.averaged = deepcopy(self).requires_grad_(False)
-
-    def update_average(self, decay: float) -> None:
-        """
-        Move the averaged weights towards the present ones; running statistics of batch normalisation are copied.
-
-        :param decay: share of the average that stays
-        """
-        assert self.averaged is not None
-        trained = dict(self.named_parameters())
-        averaged = dict(self.averaged.named_parameters())
-        move_average(averaged.values(), [trained[name] for name in averaged], decay)
-        buffers = dict(self.named_buffers())
-        for name, buffer in self.averaged.named_buffers():
-            buffer.copy_(buffers[name])
-
-    def train(self: SelfActor, mode: bool = True) -> SelfActor:
-        super().train(mode)
-        if self.averaged is not None:
-            self.averaged.train(False)
-        return self
 
     def latents(self, batch_size: int, deterministic: bool = False) -> th.Tensor:
         """

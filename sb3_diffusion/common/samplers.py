@@ -3,6 +3,8 @@ Samplers: from noise to data along falling noise levels, by free functions.
 
 They know a [Denoiser][sb3_diffusion.common.denoisers.Denoiser] and nothing of its network, so that each serves every model.
 
+Each can be guided: a [Guide][sb3_diffusion.common.samplers.Guide] changes the noisy data before each step.
+
 All but Heun's take steps of one form, $x \leftarrow a\, x + b\, D(x) + c\, z$, with numbers $a, b, c$ that depend on the
 levels alone. Write $\alpha, \sigma$ for the scales of the level a step leaves and $\alpha', \sigma'$ for those of the level it
 reaches; the last step reaches the clean data, $\alpha' = 1$ and $\sigma' = 0$.
@@ -14,6 +16,9 @@ from typing import NamedTuple
 import torch as th
 
 from sb3_diffusion.common.denoisers import Denoiser
+
+Guide = Callable[[int, th.Tensor], th.Tensor]
+"""Changes the noisy data before a step: ``guide(k, x) -> x`` with the number ``k`` of the step, from 0."""
 
 
 class Steps(NamedTuple):
@@ -59,6 +64,7 @@ def sample_ddpm(
     condition: th.Tensor,
     noises: th.Tensor | None = None,
     posterior_variance: bool = True,
+    guide: Guide | None = None,
 ) -> th.Tensor:
     r"""
     Ancestral sampling (arXiv 2006.11239, algorithm 2): each step draws from the posterior of the next level given the
@@ -71,6 +77,7 @@ def sample_ddpm(
     :param noises: standard normal, shape ``(n_sampling_steps - 1, batch_size, ...)``; None follows the means. The last
         step adds none.
     :param posterior_variance: variance $\tilde\beta_i$; False takes the larger $\beta_i$
+    :param guide: changes the noisy data before each step
     :return: samples, same shape as ``x``; the gradient flows through the whole chain
     """
     steps = steps_between(denoiser, levels)
@@ -79,6 +86,7 @@ def sample_ddpm(
     pull = steps.next_alpha * variance / steps.sigma.square()
     std = steps.posterior_std if posterior_variance else variance.sqrt()
     for k in range(len(levels)):
+        x = x if guide is None else guide(k, x)
         x = keep[k] * x + pull[k] * denoiser(x, levels[k : k + 1], condition)
         if noises is not None and k < len(levels) - 1:
             x = x + std[k] * noises[k]
@@ -92,6 +100,7 @@ def sample_ddim(
     condition: th.Tensor,
     noises: th.Tensor | None = None,
     eta: float = 0.0,
+    guide: Guide | None = None,
 ) -> th.Tensor:
     """
     DDIM (arXiv 2010.02502, eqs. 12 and 16): ``eta=0`` is deterministic, ``eta=1`` equals ancestral sampling.
@@ -102,6 +111,7 @@ def sample_ddim(
     :param condition: shape ``(batch_size, condition_dim)``
     :param noises: standard normal, shape ``(n_sampling_steps - 1, batch_size, ...)``; None adds none
     :param eta: how much of the posterior standard deviation is drawn anew
+    :param guide: changes the noisy data before each step
     :return: samples, same shape as ``x``
     """
     steps = steps_between(denoiser, levels)
@@ -109,6 +119,7 @@ def sample_ddim(
     keep = (steps.next_sigma.square() - std.square()).clamp(min=0.0).sqrt() / steps.sigma
     pull = steps.next_alpha - steps.alpha * keep
     for k in range(len(levels)):
+        x = x if guide is None else guide(k, x)
         x = keep[k] * x + pull[k] * denoiser(x, levels[k : k + 1], condition)
         if eta > 0.0 and noises is not None and k < len(levels) - 1:
             x = x + std[k] * noises[k]
@@ -116,7 +127,12 @@ def sample_ddim(
 
 
 def sample_dpm_solver(
-    denoiser: Denoiser, x: th.Tensor, levels: th.Tensor, condition: th.Tensor, noises: th.Tensor | None = None
+    denoiser: Denoiser,
+    x: th.Tensor,
+    levels: th.Tensor,
+    condition: th.Tensor,
+    noises: th.Tensor | None = None,
+    guide: Guide | None = None,
 ) -> th.Tensor:
     r"""
     DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): a DDIM step on an estimate that is extrapolated from the last two,
@@ -128,6 +144,7 @@ def sample_dpm_solver(
     :param levels: falling noise levels, shape ``(n_sampling_steps,)``
     :param condition: shape ``(batch_size, condition_dim)``
     :param noises: not used: the solver is deterministic
+    :param guide: changes the noisy data before each step
     :return: samples, same shape as ``x``
     """
     steps = steps_between(denoiser, levels)
@@ -136,6 +153,7 @@ def sample_dpm_solver(
     step_sizes = (steps.alpha / steps.sigma).log().diff()  # of all steps but the last
     last_denoised = x
     for k in range(len(levels)):
+        x = x if guide is None else guide(k, x)
         denoised = extrapolated = denoiser(x, levels[k : k + 1], condition)
         if 0 < k < len(levels) - 1:
             extrapolated = denoised + 0.5 * step_sizes[k] / step_sizes[k - 1] * (denoised - last_denoised)
@@ -145,7 +163,12 @@ def sample_dpm_solver(
 
 
 def sample_heun(
-    denoiser: Denoiser, x: th.Tensor, levels: th.Tensor, condition: th.Tensor, noises: th.Tensor | None = None
+    denoiser: Denoiser,
+    x: th.Tensor,
+    levels: th.Tensor,
+    condition: th.Tensor,
+    noises: th.Tensor | None = None,
+    guide: Guide | None = None,
 ) -> th.Tensor:
     r"""
     Heun's method of second order on the probability-flow equation (arXiv 2206.00364, algorithm 1), in the coordinates
@@ -159,12 +182,14 @@ def sample_heun(
     :param levels: falling noise levels, shape ``(n_sampling_steps,)``
     :param condition: shape ``(batch_size, condition_dim)``
     :param noises: not used: the solver is deterministic
+    :param guide: changes the noisy data before each step
     :return: samples, same shape as ``x``
     """
     steps = steps_between(denoiser, levels)
     sigma, next_sigma = steps.sigma / steps.alpha, steps.next_sigma / steps.next_alpha
     x = x / steps.alpha[0]
     for k in range(len(levels)):
+        x = x if guide is None else guide(k, steps.alpha[k] * x) / steps.alpha[k]
         slope = (x - denoiser(steps.alpha[k] * x, levels[k : k + 1], condition)) / sigma[k]
         step = next_sigma[k] - sigma[k]
         if k < len(levels) - 1:
@@ -181,7 +206,7 @@ SAMPLERS: dict[str, Callable[..., th.Tensor]] = {
     "dpm_solver": sample_dpm_solver,
     "heun": sample_heun,
 }
-"""Samplers by name, all called as ``sampler(denoiser, x, levels, condition, noises)``."""
+"""Samplers by name, all called as ``sampler(denoiser, x, levels, condition, noises, guide=guide)``."""
 
 STOCHASTIC_SAMPLERS = ("ddpm",)
 """Those that, with their default arguments, draw noise on the way."""
