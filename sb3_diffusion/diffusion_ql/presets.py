@@ -1,8 +1,11 @@
 """
-Published settings of Diffusion-QL by D4RL task (the authors' ``main.py``, Zhendong-Wang/Diffusion-Policies-for-Offline-RL).
+Published settings of Diffusion-QL by D4RL task (the authors' ``main.py``, Zhendong-Wang/Diffusion-Policies-for-Offline-RL),
+and one of our own.
 """
 
 from typing import Any
+
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_diffusion.common.utils import CosineSchedule
 
@@ -44,7 +47,21 @@ def _antmaze(q_coef: float, max_grad_norm: float, learning_rate: float = 3e-4, m
     return _preset(q_coef, max_grad_norm, 1000, learning_rate, max_q_backup, "cql_antmaze")
 
 
+LOCOMOTION: dict[str, Any] = dict(
+    learning_rate=LinearSchedule(3e-4, 0.0, end_fraction=0.25),
+    gamma=0.995,
+    n_steps=5,
+    ema_decay=0.9995,
+    default_total_timesteps=50_000,
+)
+"""
+Our own for dense rewards and long episodes, as DTQL's of the same name: values that see a fall that is 200 steps away and
+travel there fast enough, a longer average, and learning rates that end before the policy follows what the critic does not
+know.
+"""
+
 PRESETS: dict[str, dict[str, Any]] = {
+    "locomotion": LOCOMOTION,
     "halfcheetah-medium": _preset(1.0, 9.0, 2000),
     "hopper-medium": _preset(1.0, 9.0, 2000),
     "walker2d-medium": _preset(1.0, 1.0, 2000),
