@@ -693,6 +693,115 @@ def test_edm_model_around_a_perfect_network() -> None:
     assert std == pytest.approx(0.2, abs=1e-3)
 
 
+# ---------------------------------------------------------------- guides
+
+
+@each_model
+@each_sampler
+def test_guide_comes_before_each_step(sampler: Sampler, model: str) -> None:
+    """It is told the number of the step, and the network sees what it makes of the noisy data."""
+    spy, told, made = Spy(make_net()), [], []
+
+    def guide(k: int, x: th.Tensor) -> th.Tensor:
+        told.append(k)
+        made.append(1.1 * x + 0.3)
+        return made[-1]
+
+    denoiser = make_denoiser(model, spy)
+    samples = run(sampler, denoiser, 4, guide=guide)
+    assert told == [0, 1, 2, 3]
+    of_steps = spy.inputs[::2] if sampler is sample_heun else spy.inputs
+    for k, (level, seen) in enumerate(zip(denoiser.sampling_levels(4), of_steps, strict=True)):
+        scale = (level.square() + 0.25).rsqrt() if model == "edm" else 1.0  # EDM's network sees its input scaled
+        th.testing.assert_close(seen, scale * made[k], rtol=1e-5, atol=1e-5)
+    assert not th.allclose(samples, run(sampler, denoiser, 4), rtol=0.01)
+
+
+@each_model
+@each_sampler
+def test_guide_that_does_nothing(sampler: Sampler, model: str) -> None:
+    denoiser = make_denoiser(model)
+    free = run(sampler, denoiser, 5)
+    th.testing.assert_close(run(sampler, denoiser, 5, guide=lambda k, x: x), free, rtol=1e-5, atol=1e-5)
+
+
+@each_model
+@each_sampler
+def test_guide_is_told_the_noisy_data(sampler: Sampler, model: str) -> None:
+    """Not scaled in any way: what sampling starts from, then what each step makes of it."""
+    seen: list[th.Tensor] = []
+
+    def guide(k: int, x: th.Tensor) -> th.Tensor:
+        seen.append(x)
+        return x
+
+    spy = Spy(make_net())
+    denoiser = make_denoiser(model, spy)
+    run(sampler, denoiser, 4)
+    inputs = spy.inputs[::2] if sampler is sample_heun else list(spy.inputs)
+    run(sampler, denoiser, 4, guide=guide)
+    levels = denoiser.sampling_levels(4)
+    th.testing.assert_close(seen[0], denoiser.prior(draw(4)[0], levels[:1]))
+    for x, level, told in zip(seen, levels, inputs, strict=True):
+        scale = (level.square() + 0.25).rsqrt() if model == "edm" else 1.0  # EDM's network sees its input scaled
+        th.testing.assert_close(scale * x, told, rtol=1e-5, atol=1e-5)
+
+
+@each_sampler
+def test_nothing_from_before_a_guide_that_replaces_all_is_left(sampler: Sampler) -> None:
+    """A constant in the place of the noisy data makes samples that do not depend on the start."""
+    denoiser = make_denoiser("sample", Wave())
+    levels, condition = denoiser.sampling_levels(4), th.zeros(2, 0)
+
+    def samples(guide: Callable[[int, th.Tensor], th.Tensor] | None) -> th.Tensor:
+        return sampler(denoiser, th.tensor([[1.0], [-3.0]]), levels, condition, guide=guide)
+
+    free, replaced = samples(None), samples(lambda k, x: th.full_like(x, 0.1 * k))
+    assert th.equal(replaced[0], replaced[1])
+    assert not th.allclose(free[0], free[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("tilt", [0.5, -1.5])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_guide_by_the_posterior_variance_tilts_the_law(tilt: float, prediction_type: str) -> None:
+    r"""
+    Of data from N(0, 1) with the density multiplied by $e^{c x}$ the mean is c and the variance stays. The gradient of
+    $\ln E[e^{c x_0} | x]$ is $\alpha c$; along a long chain a step of the posterior variance times it does that.
+    """
+    betas = cosine_betas(1000)
+    denoiser = exact_chain(betas, [[0.0]], 1.0, prediction_type=prediction_type)
+    levels = denoiser.sampling_levels(1000)
+    steps = steps_between(denoiser, levels)
+    sizes = steps.posterior_std.square() * steps.alpha * tilt
+    law = law_of_samples(sample_ddpm, denoiser, 1000, guide=lambda k, x: x + sizes[k])
+    assert law[0] == pytest.approx(tilt, rel=0.01)
+    assert law[1] == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("power", "n_steps", "first_level", "expected"),
+    [(2, 2, 2, 0.2431), (1, 2, 2, 0.6371), (0, 2, 2, 2.0379), (2, 1, 0, 0.1221)],
+)
+def test_guide_on_the_cosine_schedule(power: int, n_steps: int, first_level: int, expected: float) -> None:
+    """
+    Diffuser's guidance by a value of slope 1 on N(0, 1): steps of 0.1 times a power of the posterior's standard deviation.
+    """
+    denoiser = exact_chain(cosine_betas(20), [[0.0]], 1.0, prediction_type="sample")
+    levels = denoiser.sampling_levels(20)
+    sizes = 0.1 * n_steps * steps_between(denoiser, levels).posterior_std ** power * (levels >= first_level)
+    law = law_of_samples(sample_ddpm, denoiser, 20, guide=lambda k, x: x + sizes[k])
+    assert law[0] == pytest.approx(expected, abs=1e-4)
+    assert law[1] ** 2 == pytest.approx(0.8118, abs=1e-4)
+
+
+@each_sampler
+def test_gradient_flows_through_a_guide(sampler: Sampler) -> None:
+    denoiser = make_denoiser("v")
+    size = th.tensor(0.2, requires_grad=True)
+    run(sampler, denoiser, 4, guide=lambda k, x: x + size).sum().backward()
+    assert size.grad is not None and size.grad.abs() > 1e-3
+
+
 # ---------------------------------------------------------------- gradients
 
 

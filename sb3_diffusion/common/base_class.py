@@ -346,10 +346,10 @@ class OfflineAlgorithm(SavableAlgorithm):
         self.dataset = data
         self._offline = True
         self._fit_reward_transform(data)
-        if self._n_updates == 0:
-            self._fit_statistics(data)
         if self._vec_normalize_env is not None and is_unused(self._vec_normalize_env):
             fit_vec_normalize(self._vec_normalize_env, data)
+        if self._n_updates == 0:
+            self._fit_statistics(data)
 
     def _fit_statistics(self, data: OfflineDataset) -> None:
         """Take the policy's frozen statistics from the data."""

@@ -28,6 +28,46 @@ from sb3_diffusion.diffuser.policies import (
 from sb3_diffusion.diffuser.presets import PRESETS
 from sb3_diffusion.diffuser.windows import GOAL_KEY
 
+PLANNING = (
+    "n_candidates",
+    "guidance_scale",
+    "guidance_scaling",
+    "n_guidance_steps",
+    "t_stopgrad",
+    "n_action_steps",
+    "warm_start",
+    "tracker",
+)
+"""Arguments that say how plans are made and followed; they may change after training."""
+
+
+def _check_planning(
+    n_steps: int,
+    has_value: bool,
+    n_candidates: int,
+    guidance_scale: float,
+    guidance_scaling: str | None,
+    n_guidance_steps: int,
+    t_stopgrad: int,
+    n_action_steps: int,
+    warm_start: float,
+    tracker: Any,
+) -> None:
+    """Raise if settings of ``PLANNING`` do not fit, for plans of ``n_steps`` env steps."""
+    check_range("n_candidates", n_candidates, 1)
+    check_choice("guidance_scaling", guidance_scaling, ("variance", "std", None))
+    check_range("n_guidance_steps", n_guidance_steps, 0)
+    check_range("t_stopgrad", t_stopgrad, 0)
+    check_range("n_action_steps", n_action_steps, 1, n_steps)
+    check_range("warm_start", warm_start, 0.0, 1.0)
+    if tracker is not None and not callable(tracker):
+        raise ValueError(f"`tracker` must be callable, for instance a PDTracker: got {tracker!r}.")
+    if not has_value and (n_candidates > 1 or guidance_scale != 0.0):
+        raise ValueError(
+            "Choosing among several plans, and guiding them, needs a value, and with `train_value=False` there is none: set "
+            f"`n_candidates=1` and `guidance_scale=0`, got {n_candidates} and {guidance_scale}."
+        )
+
 
 class Diffuser(OfflineAlgorithm):
     r"""
@@ -124,6 +164,14 @@ class Diffuser(OfflineAlgorithm):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     default_total_timesteps = 1_000_000
     policy: DiffuserPolicy
+    n_candidates: int
+    guidance_scale: float
+    guidance_scaling: str | None
+    n_guidance_steps: int
+    t_stopgrad: int
+    n_action_steps: int
+    warm_start: float
+    tracker: Any
     actor: TrajectoryActor  # the planner, epsilon_theta of the paper
     value: TrajectoryValue | None  # J_phi
 
@@ -194,27 +242,28 @@ class Diffuser(OfflineAlgorithm):
         check_range("horizon", horizon, 1)
         check_range("stride", stride, 1)
         check_range("n_diffusion_steps", n_diffusion_steps, 1)
-        check_range("n_candidates", n_candidates, 1)
-        check_choice("guidance_scaling", guidance_scaling, ("variance", "std", None))
-        check_range("n_guidance_steps", n_guidance_steps, 0)
-        check_range("n_action_steps", n_action_steps, 1, horizon * stride)
-        check_range("warm_start", warm_start, 0.0, 1.0)
         check_range("action_weight", action_weight, 0.0)
         check_range("loss_discount", loss_discount, 0.0)
         check_range("ema_start", ema_start, 0)
         check_range("ema_interval", ema_interval, 1)
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"`max_grad_norm` must be positive, or None for no bound: got {max_grad_norm}.")
-        if not train_value and (n_candidates > 1 or guidance_scale != 0.0):
-            raise ValueError(
-                "Choosing among several plans, and guiding them, needs a value: set `n_candidates=1` and `guidance_scale=0`, "
-                f"or `train_value=True`; got {n_candidates} and {guidance_scale}."
-            )
         if replay_buffer_class is not None and not issubclass(replay_buffer_class, TrajectoryReplayBuffer):
             raise ValueError(
                 f"Diffuser learns from windows: `replay_buffer_class` must be a TrajectoryReplayBuffer, got "
                 f"{replay_buffer_class.__name__}. To plan towards goals, set `goal_conditioned=True`."
             )
+        planning = dict(
+            n_candidates=n_candidates,
+            guidance_scale=guidance_scale,
+            guidance_scaling=guidance_scaling,
+            n_guidance_steps=n_guidance_steps,
+            t_stopgrad=t_stopgrad,
+            n_action_steps=n_action_steps,
+            warm_start=warm_start,
+            tracker=tracker,
+        )
+        _check_planning(horizon * stride, train_value, **planning)
         super().__init__(
             policy,
             env,
@@ -251,14 +300,8 @@ class Diffuser(OfflineAlgorithm):
         self.normalization = normalization
         self.backbone = backbone
         self.goal_conditioned = goal_conditioned
-        self.n_candidates = n_candidates
-        self.guidance_scale = guidance_scale
-        self.guidance_scaling = guidance_scaling
-        self.n_guidance_steps = n_guidance_steps
-        self.t_stopgrad = t_stopgrad
-        self.n_action_steps = n_action_steps
-        self.warm_start = warm_start
-        self.tracker = tracker
+        for name, value in planning.items():
+            setattr(self, name, value)
         self.train_planner = train_planner
         self.train_value = train_value
         self.n_value_steps = n_value_steps
@@ -298,15 +341,12 @@ class Diffuser(OfflineAlgorithm):
             sampler=self.sampler,
             n_sampling_steps=self.n_sampling_steps,
             with_value=self.train_value,
-            n_candidates=self.n_candidates,
-            guidance_scale=self.guidance_scale,
-            guidance_scaling=self.guidance_scaling,
-            n_guidance_steps=self.n_guidance_steps,
-            t_stopgrad=self.t_stopgrad,
-            n_action_steps=self.n_action_steps,
-            warm_start=self.warm_start,
-            tracker=self.tracker,
+            **self._planning,
         )
+
+    @property
+    def _planning(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in PLANNING}
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -346,22 +386,9 @@ class Diffuser(OfflineAlgorithm):
             ``t_stopgrad``, ``n_action_steps``, ``warm_start`` and ``tracker``, as in the constructor
         :raises ValueError: if there is no such setting, or it does not fit
         """
-        names = (
-            "n_candidates",
-            "guidance_scale",
-            "guidance_scaling",
-            "n_guidance_steps",
-            "t_stopgrad",
-            "n_action_steps",
-            "warm_start",
-            "tracker",
-        )
-        for name, value in settings.items():
-            check_choice("setting", name, names)
-            if name == "n_action_steps":
-                check_range(name, value, 1, self.horizon * self.stride)
-            if self.value is None and ((name == "n_candidates" and value > 1) or (name == "guidance_scale" and value != 0.0)):
-                raise ValueError(f"`{name}={value}` needs a value, and this model was built with `train_value=False`.")
+        for name in settings:
+            check_choice("setting", name, PLANNING)
+        _check_planning(self.horizon * self.stride, self.value is not None, **{**self._planning, **settings})
         for name, value in settings.items():
             setattr(self, name, value)
             setattr(self.policy, name, value)
@@ -504,8 +531,12 @@ class Diffuser(OfflineAlgorithm):
         tensors, vectorized = policy.obs_to_tensor(observations)
         n = len(layout.states(tensors))
         if goal is not None:
-            shape = layout.goal_shape
-            goal = np.broadcast_to(np.asarray(goal, dtype=np.float32).reshape(-1, *shape), (n, *shape)).copy()
+            shape, goal = layout.goal_shape, np.asarray(goal, dtype=np.float32)
+            if goal.shape not in (shape, (1, *shape), (n, *shape)):
+                raise ValueError(
+                    f"`goal` must have the shape {shape}, or {(n, *shape)} with one for each observation: got {goal.shape}."
+                )
+            goal = np.broadcast_to(goal, (n, *shape)).copy()
         seeds = policy.draw_seeds(n) if seed is None else np.random.default_rng(seed).integers(2**62, size=n)
         with th.no_grad():
             condition = self.actor.condition(tensors, None if goal is None else th.as_tensor(goal, device=self.device))

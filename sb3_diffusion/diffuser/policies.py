@@ -238,7 +238,8 @@ class TrajectoryActor(WindowNetwork, Actor):
         """
         levels = self.sampling_levels
         if start is not None:
-            levels = levels[levels < start.level]
+            below = levels[levels < start.level]
+            levels = below if len(below) > 0 else levels.new_tensor([start.level - 1])
         first, *noises = latents.unbind(dim=1)
         noises = noises[len(noises) + 1 - len(levels) :]
         x = self.denoiser.prior(first, levels[:1])
@@ -473,7 +474,6 @@ class DiffuserPolicy(DiffusionPolicy):
             prediction_type=prediction_type,
             clip=clip,
             with_value=with_value,
-            tracker=tracker,
         )
         self.horizon = horizon
         self.n_candidates = n_candidates
@@ -725,6 +725,7 @@ class DiffuserPolicy(DiffusionPolicy):
             t_stopgrad=self.t_stopgrad,
             n_action_steps=self.n_action_steps,
             warm_start=self.warm_start,
+            tracker=self.tracker,
         )
         spaces_only = dict(observation_space=self.observation_space, action_space=self.action_space)
         return dict(spaces_only, lr_schedule=self._dummy_schedule, **self._own_arguments, **acting)
