@@ -6,7 +6,7 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from sb3_diffusion import DTQL, Diffuser, DiffusionQL, OfflineAlgorithm
+from sb3_diffusion import DTQL, BellmanDiffusion, DiffSR, Diffuser, DiffusionQL, OfflineAlgorithm
 
 FEATURES = (
     "images",
@@ -83,6 +83,8 @@ WITHOUT_IN_DIFFUSER = (
     "stateless",
 )
 
+WITHOUT_IN_BELLMAN_DIFFUSION = ("images", "her", "n_steps", "multi_discrete", "reward_transform")
+
 ALGOS = [
     AlgoSpec(
         DTQL,
@@ -115,6 +117,32 @@ ALGOS = [
         n_candidates=1,
         guidance_scale=0.0,
         policy_kwargs=dict(net_kwargs=dict(base_width=32, multipliers=[1, 2])),
+    ),
+    AlgoSpec(
+        DiffSR,
+        bandit=dict(
+            policy_kwargs=dict(net_arch=[32, 32]),
+            learning_rate=3e-3,
+            feature_learning_rate=3e-3,
+            feature_dim=16,
+            n_frequencies=32,
+            tau=0.02,
+            batch_size=64,
+        ),
+        feature_dim=8,
+        score_net_width=16,
+        n_frequencies=8,
+        n_diffusion_steps=5,
+        policy_kwargs=dict(net_arch=[16], time_embedding_dim=8),
+    ),
+    AlgoSpec(
+        BellmanDiffusion,
+        lacks=WITHOUT_IN_BELLMAN_DIFFUSION,
+        bandit=dict(
+            policy_kwargs=dict(net_arch=[32, 32]), learning_rate=3e-3, batch_size=64, temperature=0.15, max_weight=1e4
+        ),
+        n_diffusion_steps=3,
+        policy_kwargs=dict(net_arch=[16]),
     ),
 ]
 
@@ -182,5 +210,51 @@ VARIANTS = [  # further settings of the algorithms for the tests of the life cyc
         max_grad_norm=1.0,
         normalize_observations=False,
         policy_kwargs=dict(net_kwargs=dict(width=16, n_layers=1, n_heads=2)),
+    ),
+    AlgoSpec(
+        DiffSR,
+        name="DiffSR-SAC",
+        actor_type="sac",
+        feature_dim=8,
+        score_net_width=16,
+        n_frequencies=8,
+        trainable_frequencies=False,
+        feature_loss="weighted_score",
+        noise_schedule="linear",
+        n_diffusion_steps=5,
+        decorrelation_coef=0.1,
+        critic_trains_features=True,
+        exploration_coef=0.1,
+        policy_delay=2,
+        target_update_interval=2,
+        max_grad_norm=1.0,
+        policy_kwargs=dict(net_arch=dict(pi=[16], qf=[16, 8], psi=[16, 16]), time_embedding_dim=8),
+    ),
+    AlgoSpec(
+        BellmanDiffusion,
+        name="BellmanDiffusion-candidates",
+        lacks=WITHOUT_IN_BELLMAN_DIFFUSION,
+        measured_policy="actor",
+        scheme="renoised",
+        n_diffusion_steps=6,
+        noise_schedule="vp",
+        prediction_type="noise",
+        sampler="dpm_solver",
+        n_sampling_steps=3,
+        level_weighting="ddpm",
+        n_action_samples=3,
+        n_future_samples=2,
+        max_grad_norm=1.0,
+        policy_kwargs=dict(net_arch=[16]),
+    ),
+    AlgoSpec(
+        BellmanDiffusion,
+        name="BellmanDiffusion-horizon",
+        lacks=WITHOUT_IN_BELLMAN_DIFFUSION,
+        horizon=5,
+        n_diffusion_steps=3,
+        alive_flag=False,
+        normalize_observations=False,
+        policy_kwargs=dict(net_arch=dict(pi=[16], qf=[16, 8])),
     ),
 ]

@@ -130,7 +130,7 @@ class Diffuser(OfflineAlgorithm):
     :param n_guidance_steps: gradient steps before each denoising step
     :param t_stopgrad: no guidance at diffusion steps below this one
     :param n_action_steps: env steps that a plan is followed for
-    :param warm_start: share of the chain, in [0, 1), that refines the previous plan instead of planning from noise; 0 is off
+    :param warm_start: share of the chain, in [0, 1], that refines the previous plan instead of planning from noise; 0 is off
     :param tracker: makes actions from planned states, for instance [PDTracker][sb3_diffusion.diffuser.PDTracker]
     :param train_planner: train the diffusion model
     :param train_value: train the value; None means unless ``goal_conditioned``. A model built with False has none

@@ -1,0 +1,41 @@
+"""
+Settings of Diff-SR: those of the authors' two code bases for states, and small networks for a CPU.
+
+The code for the DeepMind control suite is typoverflow/spectral-rl2, that for MuJoCo haotiansun14/rl-rep (``diffsrsac``).
+"""
+
+from typing import Any
+
+from torch import nn
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "dmcontrol": dict(learning_starts=5_000, default_total_timesteps=500_000),
+    "mujoco": dict(
+        actor_type="sac",
+        ent_coef=0.1,
+        learning_starts=25_000,
+        batch_size=256,
+        n_feature_steps=4,
+        target_update_interval=2,
+        feature_dim=256,
+        score_net_width=512,
+        n_frequencies=128,
+        feature_loss="displacement",
+        noise_scale=0.449,
+        noise_schedule="linear",
+        n_diffusion_steps=1_000,
+        feature_learning_rate=3e-3,
+        reward_coef=0.0,
+        normalize_observations=False,
+        policy_kwargs=dict(net_arch=dict(pi=[256, 256], qf=[256], psi=[256], zeta=[512]), activation_fn=nn.ELU),
+        default_total_timesteps=200_000,
+    ),
+    "small": dict(
+        batch_size=256,
+        feature_dim=128,
+        score_net_width=128,
+        n_frequencies=128,
+        feature_learning_rate=3e-4,
+        policy_kwargs=dict(net_arch=dict(pi=[256, 256], qf=[256], psi=[256, 256], zeta=[128, 128])),
+    ),
+}
