@@ -389,6 +389,15 @@ def test_finite_chain(chain_model: BellmanDiffusion) -> None:
     assert total_variation(swapped, exact[LEFT]) > 0.09, "the comparison tells the actions apart"
 
 
+@pytest.mark.expensive
+def test_samples_of_the_next_state_lie_on_the_states() -> None:
+    """With gamma 0 the measure is the law of the next state, and networks of the default size tell the states apart."""
+    model = make(chain_data(), gamma=0.0, learning_rate=3e-4, policy_kwargs={}).learn(4_000)
+    for action in (RIGHT, LEFT):
+        found, distance = shares(model, STATES, STATES, 2.0 * action - 1.0)
+        assert total_variation(found, P[action]) < 0.06 and distance < 0.1
+
+
 def test_zero_shot_values_of_three_rewards(chain_model: BellmanDiffusion) -> None:
     """One measure, no training in between: values and the ranking of actions against the exact ones."""
     exact = exact_measure(0.8)
