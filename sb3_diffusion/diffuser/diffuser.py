@@ -65,7 +65,7 @@ def _check_planning(
     if not has_value and (n_candidates > 1 or guidance_scale != 0.0):
         raise ValueError(
             "Choosing among several plans, and guiding them, needs a value, and with `train_value=False` there is none: set "
-            f"`n_candidates=1` and `guidance_scale=0`, got {n_candidates} and {guidance_scale}."
+            f"`train_value=True`, or `n_candidates=1` and `guidance_scale=0`; got {n_candidates} and {guidance_scale}."
         )
 
 
