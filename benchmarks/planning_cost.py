@@ -7,13 +7,13 @@ Medians over interleaved repetitions, so that a machine that changes its speed c
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from harness import RESULTS, write_table
+from update_cost import measure
 
 from sb3_diffusion import Diffuser
 
@@ -53,22 +53,6 @@ DECISIONS = [
     Decision(warm_start=0.25),
     Decision(n_candidates=64, guided=True, warm_start=0.25),
 ]
-
-
-def measure(parts: dict[Any, Callable[[], object]], n_repetitions: int) -> dict[Any, float]:
-    """
-    :param parts: what to time, by name
-    :param n_repetitions: of all of them, one after the other, after one that does not count
-    :return: median milliseconds of each
-    """
-    seconds: dict[Any, list[float]] = {name: [] for name in parts}
-    for repetition in range(n_repetitions + 1):
-        for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            if repetition > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
 
 
 def decide(model: Diffuser, decision: Decision, observations: np.ndarray) -> Callable[[], object]:
@@ -142,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for decision in DECISIONS:
             if n_envs * decision.n_candidates <= options.max_windows:
                 parts[n_envs, decision] = decide(model, decision, data["observations"][:n_envs])
-    milliseconds = measure(parts, options.repetitions)
+    milliseconds = measure(parts, options.repetitions, n_warm_up=1)
     unit = milliseconds["matrix product"]
     rows: list[list[str | float | int | None]] = []
     for part, value in milliseconds.items():

@@ -24,17 +24,21 @@ N_STEPS = 20_000
 OBSERVATION_DIM, ACTION_DIM = 17, 6
 
 
-def measure(parts: dict[str, Callable[[], object]]) -> dict[str, float]:
+def measure(
+    parts: dict[Any, Callable[[], object]], n_repetitions: int = N_REPETITIONS, n_warm_up: int = 5
+) -> dict[Any, float]:
     """
     :param parts: what to time, by name
+    :param n_repetitions: of all of them, one after the other
+    :param n_warm_up: before these, not counted
     :return: median milliseconds of each
     """
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for repetition in range(N_REPETITIONS + 5):
+    seconds: dict[Any, list[float]] = {name: [] for name in parts}
+    for repetition in range(n_repetitions + n_warm_up):
         for name, part in parts.items():
             start = time.perf_counter()
             part()
-            if repetition >= 5:
+            if repetition >= n_warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
 

@@ -24,8 +24,9 @@ from sb3_diffusion.bellman_diffusion.policies import (
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
+from sb3_diffusion.common.policies import take_rows
 from sb3_diffusion.common.schedules import log_logistic_sigmas
-from sb3_diffusion.common.utils import check_choice, check_range, minimize
+from sb3_diffusion.common.utils import check_choice, check_range, minimize, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
 
 MIN_ADVANTAGE_SCALE = 1e-3
@@ -425,8 +426,7 @@ class BellmanDiffusion(OfflineAlgorithm):
                 self._minimize("behavior", self._behavior_loss(batch))
                 self._minimize("value", self._value_loss(batch, rows, means))
                 self._minimize("actor", self._actor_loss(batch))
-            n = self._n_updates + 1  # from the start an average over the updates so far
-            self.measure.update_average(min(1.0 - self.tau, n / (n + 10)))
+            self.measure.update_average(warmed_up_decay(1.0 - self.tau, self._n_updates + 1))
             if self.pretraining:
                 self._count_pretraining_step()
             self._n_updates += 1
@@ -717,14 +717,3 @@ class BellmanDiffusion(OfflineAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", *[f"policy.{name}.optimizer" for name in self.policy.trained_networks]], []
-
-
-def take_rows(observations: PyTorchObs, rows: th.Tensor) -> PyTorchObs:
-    """
-    :param observations: batch of observations
-    :param rows: indices, shape ``(n,)``
-    :return: these rows
-    """
-    if isinstance(observations, dict):
-        return {key: value[rows] for key, value in observations.items()}
-    return observations[rows]

@@ -11,13 +11,14 @@ from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
     FlattenExtractor,
+    create_mlp,
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
-from sb3_diffusion.common.policies import ActionDenoiser, Actor, DiffusionPolicy, Network, n_rows, repeat_rows
+from sb3_diffusion.common.policies import FLAT_KEY, ActionDenoiser, Actor, DiffusionPolicy, Network, n_rows, repeat_rows
 from sb3_diffusion.common.samplers import SAMPLERS, sample_dpm_solver
 from sb3_diffusion.common.schedules import noise_schedule_betas
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
@@ -27,7 +28,6 @@ RewardFunction = Callable[[Any], Any]
 """Rewards of states, vectorised: ``reward_fn(states) -> rewards`` from ``(n, *obs_shape)``, a dict of such arrays for ``Dict``
 observations, to ``(n,)``. The states are as the environment gives them."""
 
-FLAT_KEY = "observation"
 MIN_SCALE = 1e-3
 """What varies less than this in the data keeps its scale."""
 LOG_STD_RANGE = (-4.0, 0.0)
@@ -359,12 +359,8 @@ class GaussianActor(Actor):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._own_arguments = dict(net_arch=net_arch, activation_fn=activation_fn)
-        layers: list[nn.Module] = []
-        size = self.features_extractor.features_dim
-        for width in net_arch:
-            layers += [nn.Linear(size, width), activation_fn()]
-            size = width
-        self.net = nn.Sequential(*layers, nn.Linear(size, 2 * self.action_dim))
+        layers = create_mlp(self.features_extractor.features_dim, 2 * self.action_dim, net_arch, activation_fn)
+        self.net = nn.Sequential(*layers)
         if average:
             self.add_average()
 

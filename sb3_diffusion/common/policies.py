@@ -520,6 +520,17 @@ def repeat_rows(observations: PyTorchObs, n: int) -> PyTorchObs:
     return observations.repeat_interleave(n, dim=0)
 
 
+def take_rows(observations: PyTorchObs, rows: th.Tensor) -> PyTorchObs:
+    """
+    :param observations: batch of observations
+    :param rows: indices, shape ``(n,)``
+    :return: these rows
+    """
+    if isinstance(observations, dict):
+        return {key: value[rows] for key, value in observations.items()}
+    return observations[rows]
+
+
 def n_rows(observations: PyTorchObs) -> int:
     """
     :param observations: batch of observations

@@ -43,6 +43,17 @@ def move_average(averages: Iterable[th.Tensor], values: Iterable[th.Tensor], dec
         th._foreach_add_(averages, list(values), alpha=1.0 - decay)
 
 
+def warmed_up_decay(decay: float, n_updates: int) -> float:
+    """
+    Decay of an average that is at first one over the updates so far.
+
+    :param decay: largest share of the average that stays
+    :param n_updates: updates made, this one included
+    :return: the share that stays now
+    """
+    return min(decay, n_updates / (n_updates + 10))
+
+
 @register_value_class
 class CosineSchedule:
     r"""

@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.buffers import EpisodeReplayBuffer, TrajectoryReplayBuffer, TrajectorySamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
-from sb3_diffusion.common.utils import check_choice, check_range, minimize
+from sb3_diffusion.common.utils import check_choice, check_range, minimize, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffuser.policies import (
     CnnPolicy,
@@ -466,8 +466,8 @@ class Diffuser(OfflineAlgorithm):
             decay = 0.0
         elif self._n_updates % self.ema_interval:
             return
-        else:  # from the start an average over the updates so far
-            decay = 1.0 - self.tau if self.ema_start > 0 else min(1.0 - self.tau, n / (n + 10))
+        else:
+            decay = 1.0 - self.tau if self.ema_start > 0 else warmed_up_decay(1.0 - self.tau, n)
         for network in self.policy.trained_networks:
             network.update_average(decay)
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
-from sb3_diffusion.common.policies import Actor, DiffusionPolicy, Network, n_rows
+from sb3_diffusion.common.policies import Actor, DiffusionPolicy, Network, n_rows, take_rows
 from sb3_diffusion.common.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, Guide, steps_between
 from sb3_diffusion.common.schedules import noise_schedule_betas
 from sb3_diffusion.common.utils import check_choice, check_range
@@ -678,12 +678,7 @@ class DiffuserPolicy(DiffusionPolicy):
         warm: bool,
     ) -> np.ndarray:
         """New windows of the given rows; from their old ones if ``warm`` and ``warm_start`` say so."""
-        index = th.as_tensor(rows, device=self.device)
-        chosen: PyTorchObs = (
-            {key: value[index] for key, value in observations.items()}
-            if isinstance(observations, dict)
-            else observations[index]
-        )
+        chosen = take_rows(observations, th.as_tensor(rows, device=self.device))
         latents = self.latents(seeds[rows], self.n_candidates, deterministic)
         start = None
         if warm and self.warm_start > 0.0:

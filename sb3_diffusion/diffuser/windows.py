@@ -9,11 +9,11 @@ from stable_baselines3.common.preprocessing import get_action_dim, is_image_spac
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
+from sb3_diffusion.common.policies import FLAT_KEY
 from sb3_diffusion.common.utils import check_choice
 
 GOAL_KEY = "desired_goal"
 ACHIEVED_KEY = "achieved_goal"
-FLAT_KEY = "observation"
 MIN_SCALE = 1e-3
 """What varies less than this in the data keeps its scale."""
 

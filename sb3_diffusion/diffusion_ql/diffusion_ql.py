@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
-from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
 from sb3_diffusion.diffusion_ql.policies import (
     CnnPolicy,
     DiffusionActor,
@@ -291,8 +291,8 @@ class DiffusionQL(ActorCriticAlgorithm):
     def _update_actor_target(self) -> None:
         if self._n_updates < self.ema_start or self._n_updates % self.ema_interval:
             return
-        n = self._n_updates + 1  # from the start an average over the updates so far
-        self.actor.update_average(self.ema_decay if self.ema_start > 0 else min(self.ema_decay, n / (n + 10)))
+        decay = self.ema_decay if self.ema_start > 0 else warmed_up_decay(self.ema_decay, self._n_updates + 1)
+        self.actor.update_average(decay)
 
     def _draw_latents(self, n: int) -> th.Tensor:
         return th.randn(n, *self.actor.latent_shape, generator=self.generator, device=self.device)
