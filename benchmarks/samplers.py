@@ -1,24 +1,25 @@
 """
-What a trained Diffusion-QL policy scores, and what an action costs, by sampler and number of steps.
+What trained Diffusion-QL policies score, and what an action costs: by sampler and number of steps, and by candidates.
 
-    python benchmarks/learning_curves.py hopper-medium --algo diffusion_ql   # trains it
+    python benchmarks/learning_curves.py hopper-medium --algo diffusion_ql --preset locomotion --seeds 0 1 2   # trains them
     python benchmarks/samplers.py
 
-The weights stay as they are: only how the reverse chain is run changes.
+The weights stay as they are: only the way to act changes.
 """
 
 import argparse
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch as th
 from harness import RESULTS, WORK, write_table
 
-from sb3_diffusion import DiffusionQL, load_dataset
-from sb3_diffusion.evaluation import evaluate
+from sb3_diffusion import DiffusionQL, OfflineDataset, load_dataset
+from sb3_diffusion.evaluation import EvaluationResult, bootstrap_interval, evaluate, interquartile_mean
 
 DATASET, ENV = "bench/hopper/medium-v0", "Hopper-v5"
+RUNS = [f"DiffusionQL,_preset_locomotion-seed{seed}" for seed in range(3)]
 CHAINS = [
     ("ddpm", 5),
     ("ddpm", 3),
@@ -33,6 +34,8 @@ CHAINS = [
     ("heun", 3),
 ]
 """Of one step, all samplers are the same: the denoised action."""
+CHOICES = [(1, "softmax"), (4, "softmax"), (10, "softmax"), (50, "softmax"), (10, "argmax"), (50, "argmax")]
+"""Candidates and how one of them is chosen; 50 and softmax are the authors'."""
 
 
 def milliseconds_per_action(model: DiffusionQL, observations: np.ndarray, n: int = 200) -> float:
@@ -50,31 +53,59 @@ def milliseconds_per_action(model: DiffusionQL, observations: np.ndarray, n: int
     return 1e3 * float(np.median(seconds))
 
 
+def costs(model: DiffusionQL, dataset: OfflineDataset) -> list[float]:
+    """
+    :param model: trained model
+    :param dataset: of observations
+    :return: milliseconds for 1 and for 64 observations
+    """
+    assert isinstance(dataset.observations, np.ndarray)
+    return [round(milliseconds_per_action(model, batch), 3) for batch in (dataset.observations[0], dataset.observations[:64])]
+
+
+def score(models: Sequence[DiffusionQL], dataset: OfflineDataset, n_episodes: int, deterministic: bool) -> str:
+    """
+    :param models: trained with different seeds
+    :param dataset: with reference scores
+    :param n_episodes: per model
+    :param deterministic: draw nothing
+    :return: interquartile mean over the episodes of all models with its interval, in percent
+    """
+    results: list[EvaluationResult] = []
+    for model in models:
+        model.set_random_seed(1)
+        results.append(evaluate(model, ENV, n_episodes, seed=1, deterministic=deterministic, dataset=dataset))
+    scores = np.concatenate([dataset.normalized_score(result.returns) for result in results])
+    low, high = bootstrap_interval(scores)
+    return f"{interquartile_mean(scores):.1f} [{low:.1f}, {high:.1f}]"
+
+
 def main() -> None:
-    """Measure and write ``benchmarks/results/samplers.json``."""
+    """Measure, and write ``samplers.json`` and ``candidates.json`` in ``benchmarks/results``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="DiffusionQL-seed0", help="folder of the run below benchmarks/work/hopper_medium")
-    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--runs", nargs="+", default=RUNS, help="folders of the runs below benchmarks/work/hopper_medium")
+    parser.add_argument("--episodes", type=int, default=10, help="per run and row")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()
     th.set_num_threads(options.threads)
     dataset = load_dataset(DATASET)
-    checkpoint: Path = WORK / "hopper_medium" / options.run / "checkpoint.zip"
-    model = DiffusionQL.load(checkpoint, env=ENV, dataset=dataset)
-    assert isinstance(dataset.observations, np.ndarray)
-    one, many = dataset.observations[0], dataset.observations[:64]
-    rows: list[list[str | float | int | None]] = []
+    models = [
+        DiffusionQL.load(WORK / "hopper_medium" / run / "checkpoint.zip", env=ENV, dataset=dataset, device="cpu")
+        for run in options.runs
+    ]
+    about = (
+        f"{len(models)} models, trained with the whole chain of 5 steps (`ddpm`) on {DATASET} for {models[0].num_timesteps:,} "
+        f"updates (`{'`, `'.join(options.runs)}`); {options.episodes} episodes of each, the interquartile mean of the normalised "
+        f"scores with its 95 % bootstrap interval over episodes. {th.get_num_threads()} thread."
+    )
+    chain_rows: list[list[str | float | int | None]] = []
     for sampler, n_steps in CHAINS:
-        model.set_sampler(sampler, n_steps)
+        for model in models:
+            model.set_sampler(sampler, n_steps)
         calls = 2 * n_steps - 1 if sampler == "heun" else n_steps
-        means = []
-        for deterministic in (True, False):
-            result = evaluate(model, ENV, options.episodes, seed=1, deterministic=deterministic, dataset=dataset)
-            assert result.normalized_scores is not None
-            means.append(round(float(np.mean(result.normalized_scores)), 1))
-        cost = [round(milliseconds_per_action(model, batch), 3) for batch in (one, many)]
-        rows.append([sampler, n_steps, calls, *means, *cost])
-        print(*rows[-1], sep="\t", flush=True)
+        scores = [score(models, dataset, options.episodes, deterministic) for deterministic in (True, False)]
+        chain_rows.append([sampler, n_steps, calls, *scores, *costs(models[0], dataset)])
+        print(*chain_rows[-1], sep="\t", flush=True)
     write_table(
         RESULTS / "samplers.json",
         "Diffusion-QL: samplers when acting",
@@ -87,13 +118,23 @@ def main() -> None:
             "ms per action, 1 observation",
             "ms, 64 observations",
         ],
-        rows,
-        text=(
-            f"One model, trained with the whole chain of 5 steps (`ddpm`) on {DATASET} for {model.num_timesteps:,} updates, "
-            f"run `{options.run}`; mean normalised score of {options.episodes} episodes, with latents of 0 and drawn "
-            "ones. "
-            f"{th.get_num_threads()} thread."
-        ),
+        chain_rows,
+        text=f"{about} *Deterministic*: latents of 0.",
+    )
+    candidate_rows: list[list[str | float | int | None]] = []
+    for n, choice in CHOICES:
+        for model in models:
+            model.set_sampler("ddpm")
+            model.policy.n_action_samples, model.policy.candidate_choice = n, choice
+        words = choice if n > 1 else "none"
+        candidate_rows.append([n, words, score(models, dataset, options.episodes, False), *costs(models[0], dataset)])
+        print(*candidate_rows[-1], sep="\t", flush=True)
+    write_table(
+        RESULTS / "candidates.json",
+        "Diffusion-QL: candidates when acting",
+        ["candidates", "choice", "score, drawn", "ms per action, 1 observation", "ms, 64 observations"],
+        candidate_rows,
+        text=f"{about} *Choice*: by the target's action value; `softmax` draws, `argmax` takes the best.",
     )
 
 
