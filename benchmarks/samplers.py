@@ -95,8 +95,8 @@ def main() -> None:
     ]
     about = (
         f"{len(models)} models, trained with the whole chain of 5 steps (`ddpm`) on {DATASET} for {models[0].num_timesteps:,} "
-        f"updates (`{'`, `'.join(options.runs)}`); {options.episodes} episodes of each, the interquartile mean of the normalised "
-        f"scores with its 95 % bootstrap interval over episodes. {th.get_num_threads()} thread."
+        f"updates (`{'`, `'.join(options.runs)}`); {options.episodes} episodes of each, the interquartile mean of the "
+        f"normalised scores with its 95 % bootstrap interval over episodes. {th.get_num_threads()} thread."
     )
     chain_rows: list[list[str | float | int | None]] = []
     for sampler, n_steps in CHAINS:
