@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = dict(
 """Those of the preset ``maze2d-umaze``, but for a network and a batch that one core trains in minutes."""
 N_DRAWN = 5
 """Episodes in the picture."""
-Act = Callable[[Any, np.ndarray], np.ndarray]
+Act = Callable[[Any], np.ndarray]
 
 
 def make_maze(dataset: OfflineDataset, n_steps: int) -> gym.Env:
@@ -76,7 +76,7 @@ def walls_hit(paths: np.ndarray, maze: Any, n_between: int = 4) -> np.ndarray:
 def reach_goals(env: VecEnv, act: Act, n_steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """
     :param env: of mazes, one episode each
-    :param act: makes actions from observations and from which envs have a new goal
+    :param act: makes actions from observations
     :param n_steps: of an episode
     :return: goals reached in each env, and the observations at which there was a new goal
     """
@@ -86,7 +86,7 @@ def reach_goals(env: VecEnv, act: Act, n_steps: int) -> tuple[np.ndarray, dict[s
     for _ in range(n_steps):
         asked.append({key: value[fresh] for key, value in observations.items()})
         before = observations["desired_goal"].copy()
-        observations, rewards, _, _ = env.step(act(observations, fresh))
+        observations, rewards, _, _ = env.step(act(observations))
         assert isinstance(observations, dict)
         fresh = np.any(observations["desired_goal"] != before, axis=1)
         n_goals += rewards
@@ -96,13 +96,13 @@ def reach_goals(env: VecEnv, act: Act, n_steps: int) -> tuple[np.ndarray, dict[s
 def follower(model: Diffuser) -> Act:
     """
     :param model: planner
-    :return: follows plans, and makes new ones where the goal is new or the plan is used up
+    :return: follows plans; a goal that moved, or a plan that is used up, makes a new one
     """
     state = None
 
-    def act(observations: Any, fresh: np.ndarray) -> np.ndarray:
+    def act(observations: Any) -> np.ndarray:
         nonlocal state
-        actions, state = model.predict(observations, state, episode_start=fresh)
+        actions, state = model.predict(observations, state)
         return actions
 
     return act
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_data: list[str | float | None] = [f"{begun.mean():.2f} [{low:.2f}, {high:.2f}]", float(begun.mean() / EPISODE_STEPS)]
     rows: list[list[str | float | None]] = [["waypoint controller (the data)", *of_data, None, None]]
     generator = np.random.default_rng(options.seed)
-    cells, _ = row("random actions", lambda observations, fresh: generator.uniform(-1.0, 1.0, (len(fresh), 2)))
+    cells, _ = row("random actions", lambda observations: generator.uniform(-1.0, 1.0, (options.episodes, 2)))
     rows.append([*cells, None, None])
     for label, tracker in TRACKERS.items():
         model.set_planning(tracker=tracker)

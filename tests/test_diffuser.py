@@ -1077,6 +1077,22 @@ def test_acting_towards_the_goals_of_observations(goal_model: Diffuser) -> None:
     assert np.abs(goal_model.predict(moved, deterministic=True)[0] - first).max() > 1e-4
 
 
+def test_a_goal_that_moves_is_planned_to_at_once(goal_model: Diffuser) -> None:
+    """In its row alone; the other plans go on."""
+    goal_model.set_planning(n_action_steps=4)
+    observations = goal_observations(3)
+    _, state = goal_model.predict(observations, deterministic=True)
+    moved = {key: value.copy() for key, value in observations.items()}
+    moved["desired_goal"][1] *= -1.0
+    kept, _ = goal_model.predict(observations, state, deterministic=True)
+    followed, state = goal_model.predict(moved, state, deterministic=True)
+    np.testing.assert_array_equal(followed[[0, 2]], kept[[0, 2]])
+    np.testing.assert_allclose(followed[1], goal_model.plan(moved, deterministic=True).actions[1, 0], rtol=1e-5, atol=1e-6)
+    assert np.abs(followed[1] - kept[1]).max() > 1e-4
+    assert state is not None
+    np.testing.assert_array_equal(state[1], [2, 1, 2])  # steps taken of each plan
+
+
 def test_dict_observations_without_goals_are_planned_whole(random_dataset: Callable[..., OfflineDataset]) -> None:
     env = PointGoalEnv()
     model = make_model(random_dataset(env.observation_space, env.action_space), n_candidates=2)

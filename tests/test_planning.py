@@ -381,6 +381,33 @@ def test_goal_observations() -> None:
     assert moved > 0
 
 
+class MovingGoals(gym.ObservationWrapper):
+    """The goal jumps in the third step of each episode."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.n_steps = 0
+        return super().reset(**kwargs)
+
+    def step(self, action: np.ndarray) -> Any:
+        self.n_steps += 1
+        return super().step(action)
+
+    def observation(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {**observation, "desired_goal": np.full(2, float(self.n_steps >= 3), np.float32)}
+
+
+def test_a_goal_that_moves_is_planned_to_at_once() -> None:
+    """Unless the goal is given from outside."""
+
+    def replanned(**kwargs: Any) -> list[bool]:
+        env = MovingGoals(gym.make(POINT_GOAL_ENV))
+        planner = RandomPlanner(env.action_space, length=10)  # type: ignore[arg-type]
+        return [info["replanned"] for *_, info in play(PlanningWrapper(env, planner, 4, **kwargs))[:8]]
+
+    assert replanned() == [True, False, False, True, False, False, False, True]
+    assert replanned(goal=[0.0, 0.0]) == [True, False, False, False, True, False, False, False]
+
+
 # ---------------------------------------------------------------- seeds
 
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
-from sb3_diffusion.common.policies import Actor, DiffusionPolicy, Network, n_rows, take_rows
+from sb3_diffusion.common.policies import Actor, DiffusionPolicy, Network, n_rows
 from sb3_diffusion.common.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, Guide, steps_between
 from sb3_diffusion.common.schedules import noise_schedule_betas
 from sb3_diffusion.common.utils import check_choice, check_range
@@ -630,7 +630,8 @@ class DiffuserPolicy(DiffusionPolicy):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Act on the plans in ``state``; rows whose plan is used up, or whose episode begins, are planned anew in one batch.
+        Act on the plans in ``state``; rows whose plan is used up, whose episode begins or whose ``desired_goal`` is another
+        one are planned anew in one batch.
 
         :param observation: one observation or a batch of them
         :param state: what the last call returned; None plans for all
@@ -657,10 +658,14 @@ class DiffuserPolicy(DiffusionPolicy):
         if episode_start is not None:
             taken[np.asarray(episode_start, dtype=bool).reshape(-1)] = -1
         with th.no_grad():
+            condition = self.actor.condition(observations)
+            if self.actor.layout.goal_conditioned:
+                goals = self.actor.layout.goals(condition).cpu().numpy()
+                taken[np.any(self.actor.layout.goals(windows) != goals, axis=1)] = -1
             for warm in (False, True):
                 rows = np.flatnonzero((taken < 0) if not warm else (taken >= self.n_action_steps))
                 if len(rows) > 0:
-                    fresh = self._replan(observations, windows, taken, seeds, rows, deterministic, warm)
+                    fresh = self._replan(condition, windows, taken, seeds, rows, deterministic, warm)
                     windows[rows], taken[rows] = fresh, 0
                     seeds[rows] = _next_seeds(seeds[rows])
             actions = self._act(observation, observations, th.as_tensor(windows, device=self.device), taken)
@@ -669,7 +674,7 @@ class DiffuserPolicy(DiffusionPolicy):
 
     def _replan(
         self,
-        observations: PyTorchObs,
+        condition: th.Tensor,
         windows: np.ndarray,
         taken: np.ndarray,
         seeds: np.ndarray,
@@ -678,14 +683,13 @@ class DiffuserPolicy(DiffusionPolicy):
         warm: bool,
     ) -> np.ndarray:
         """New windows of the given rows; from their old ones if ``warm`` and ``warm_start`` say so."""
-        chosen = take_rows(observations, th.as_tensor(rows, device=self.device))
         latents = self.latents(seeds[rows], self.n_candidates, deterministic)
         start = None
         if warm and self.warm_start > 0.0:
             level = max(1, round(self.warm_start * self.actor.denoiser.n_diffusion_steps))
             shifted = shift_windows(windows[rows], taken[rows] // self.actor.layout.stride)
             start = WarmStart(th.as_tensor(shifted, device=self.device), level)
-        planned, _ = self.plan_windows(self.actor.condition(chosen), latents, start)
+        planned, _ = self.plan_windows(condition[th.as_tensor(rows, device=self.device)], latents, start)
         return planned.cpu().numpy()
 
     def _act(self, observation: Any, observations: PyTorchObs, windows: th.Tensor, taken: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Windows of trajectories as arrays: where observations and actions lie in them, how they are normalised, what is given."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -14,6 +14,7 @@ from sb3_diffusion.common.utils import check_choice
 
 GOAL_KEY = "desired_goal"
 ACHIEVED_KEY = "achieved_goal"
+ArrayT = TypeVar("ArrayT", np.ndarray, th.Tensor)
 MIN_SCALE = 1e-3
 """What varies less than this in the data keeps its scale."""
 
@@ -73,6 +74,13 @@ class WindowLayout:
         if self.has_goal_key:
             return self.shapes[ACHIEVED_KEY]
         return self.shapes[FLAT_KEY] if len(self.shapes) == 1 else (self.dim - self.action_dim,)
+
+    def goals(self, windows: ArrayT) -> ArrayT:
+        """
+        :param windows: of a ``goal_conditioned`` model, shape ``(n, horizon, dim)``
+        :return: what is given at their end, shape ``(n, n_goal_channels)``
+        """
+        return windows[:, -1, self.goal_channels]
 
     def known(self) -> th.Tensor:
         """:return: which entries of a window are given, bool, shape ``(horizon, dim)``"""

@@ -63,11 +63,13 @@ class CurrentPlan:
 
     :param observations: planned, ``(L, *obs_shape)``
     :param actions: planned, ``(L, *action_shape)``
+    :param goal: ``desired_goal`` that the env asked for when the plan was made; None if it asked for none, or was not asked
     """
 
-    def __init__(self, observations: Arrays, actions: np.ndarray) -> None:
+    def __init__(self, observations: Arrays, actions: np.ndarray, goal: np.ndarray | None = None) -> None:
         self.observations = observations
         self.actions = actions
+        self.goal = goal
         self.visited: list[Arrays] = []
         """Observations acted in since the plan was made."""
 
@@ -231,8 +233,12 @@ class PlanExecutor:
     # ---------------------------------------------------------------- plans
 
     def _current_plans(self, actions: np.ndarray | None) -> list[CurrentPlan]:
-        """The plan of each env; those that have none, or executed their window, get a new one, all in one call."""
-        due = [i for i, plan in enumerate(self.plans) if plan is None or len(plan.visited) >= self.n_action_steps]
+        """The plan of each env; a new one, all in one call, where there is none, its window is executed, or the goal moved."""
+        due = [
+            i
+            for i, (plan, asked) in enumerate(zip(self.plans, self._asked_goals(), strict=True))
+            if plan is None or len(plan.visited) >= self.n_action_steps or not _equal(plan.goal, asked)
+        ]
         if due:
             for i, plan in zip(due, self._make_plans(due, actions), strict=True):
                 self.plans[i] = plan
@@ -251,7 +257,16 @@ class PlanExecutor:
         if not np.isfinite(actions_planned).all():
             raise ValueError("The plan holds actions that are not finite: check the model, or the observations it plans from.")
         observations_planned = self._check_observations(plan.observations, actions_planned)
-        return [CurrentPlan(_rows(observations_planned, i), np.array(actions_planned[i])) for i in range(len(envs))]
+        asked = self._asked_goals()
+        return [
+            CurrentPlan(_rows(observations_planned, i), np.array(actions_planned[i]), asked[env]) for i, env in enumerate(envs)
+        ]
+
+    def _asked_goals(self) -> Sequence[np.ndarray | None]:
+        """The goal that each env shows; None where the goal comes from elsewhere, or there is none."""
+        if self.goals is not None or self.goal_space is not None or GOAL_KEY not in self.observation_shapes:
+            return [None] * len(self.plans)
+        return list(self.observations[GOAL_KEY])
 
     def _check_observations(self, observations: Arrays, actions: np.ndarray) -> Arrays:
         """
@@ -360,9 +375,10 @@ class PlanningWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
       the env; of Dict observations over all keys but ``desired_goal``. It is the distribution shift that grows while a
       plan is executed, and of no size at the first step of a plan: see there with ``n_action_steps`` above 1.
 
-    A plan ends with its episode. ``reset(seed=...)`` seeds planning too: equal seeds give equal runs; without a seed the
-    stream of random numbers goes on. ``render`` adds to RGB frames of at least 200 pixels a side an inset of planned
-    against realised states since the last plan.
+    A plan ends with its episode, and when the ``desired_goal`` of a Dict observation is no longer the one it was made for,
+    unless goals come from ``goal`` or from the agent. ``reset(seed=...)`` seeds planning too: equal seeds give equal runs;
+    without a seed the stream of random numbers goes on. ``render`` adds to RGB frames of at least 200 pixels a side an inset
+    of planned against realised states since the last plan.
 
     The constructor arguments are recorded in ``spec``, from which `gymnasium.make` builds the wrapped env again; the
     model is neither copied nor pickled for it.
@@ -613,6 +629,10 @@ class _SharedArguments(dict):
 
 def _batch_of_one(observation: Arrays) -> Arrays:
     return _each(lambda array: np.asarray(array)[None], observation)
+
+
+def _equal(goal: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return other is None if goal is None else other is not None and np.array_equal(goal, other)
 
 
 def _accepts(function: Callable[..., Any], name: str) -> bool:
