@@ -129,8 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"each plan, unguided, one plan per decision; SB3's SAC with its defaults adds up to {RESIDUAL_SCALE} to each "
             f"planned action, {options.steps:,} env steps in {N_ENVS} envs, one run each. {options.episodes} episodes a row, "
             "without the charge, deterministic corrections; the mean with its 95 % bootstrap interval over episodes. *Falls*: "
-            "episodes that ended before 1,000 steps. *Deviation*: distance of the state acted in from the planned one, in units "
-            "of the env."
+            "episodes that ended before 1,000 steps. *Deviation*: distance of the state acted in from the planned one."
         ),
     )
 
