@@ -4,19 +4,20 @@ What trained Diffusion-QL policies score, and what an action costs: by sampler a
     python benchmarks/learning_curves.py hopper-medium --algo diffusion_ql --preset locomotion --seeds 0 1 2   # trains them
     python benchmarks/samplers.py
 
-The weights stay as they are: only the way to act changes.
+The weights stay as they are: only the way to act changes. Scores that were measured are kept in ``benchmarks/work``; times are
+measured at each call.
 """
 
 import argparse
+import json
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import torch as th
-from harness import RESULTS, WORK, write_table
+from harness import RESULTS, WORK, write_json, write_table
 
 from sb3_diffusion import DiffusionQL, OfflineDataset, load_dataset
-from sb3_diffusion.evaluation import EvaluationResult, bootstrap_interval, evaluate, interquartile_mean
+from sb3_diffusion.evaluation import bootstrap_interval, evaluate, interquartile_mean
 
 DATASET, ENV = "bench/hopper/medium-v0", "Hopper-v5"
 RUNS = [f"DiffusionQL,_preset_locomotion-seed{seed}" for seed in range(3)]
@@ -63,19 +64,24 @@ def costs(model: DiffusionQL, dataset: OfflineDataset) -> list[float]:
     return [round(milliseconds_per_action(model, batch), 3) for batch in (dataset.observations[0], dataset.observations[:64])]
 
 
-def score(models: Sequence[DiffusionQL], dataset: OfflineDataset, n_episodes: int, deterministic: bool) -> str:
+def score(models: dict[str, DiffusionQL], dataset: OfflineDataset, way: str, n_episodes: int, deterministic: bool) -> str:
     """
-    :param models: trained with different seeds
+    :param models: trained with different seeds, by run
     :param dataset: with reference scores
+    :param way: to act, as a file name
     :param n_episodes: per model
     :param deterministic: draw nothing
     :return: interquartile mean over the episodes of all models with its interval, in percent
     """
-    results: list[EvaluationResult] = []
-    for model in models:
-        model.set_random_seed(1)
-        results.append(evaluate(model, ENV, n_episodes, seed=1, deterministic=deterministic, dataset=dataset))
-    scores = np.concatenate([dataset.normalized_score(result.returns) for result in results])
+    returns: list[float] = []
+    for run, model in models.items():
+        file = WORK / "samplers" / run / f"{way}-{'still' if deterministic else 'drawn'}-{n_episodes}.json"
+        if not file.is_file():
+            model.set_random_seed(1)
+            result = evaluate(model, ENV, n_episodes, seed=1, deterministic=deterministic, dataset=dataset)
+            write_json(file, result.to_dict())
+        returns += json.loads(file.read_text(encoding="utf-8"))["returns"]
+    scores = dataset.normalized_score(np.array(returns))
     low, high = bootstrap_interval(scores)
     return f"{interquartile_mean(scores):.1f} [{low:.1f}, {high:.1f}]"
 
@@ -89,22 +95,23 @@ def main() -> None:
     options = parser.parse_args()
     th.set_num_threads(options.threads)
     dataset = load_dataset(DATASET)
-    models = [
-        DiffusionQL.load(WORK / "hopper_medium" / run / "checkpoint.zip", env=ENV, dataset=dataset, device="cpu")
+    models = {
+        run: DiffusionQL.load(WORK / "hopper_medium" / run / "checkpoint.zip", env=ENV, dataset=dataset, device="cpu")
         for run in options.runs
-    ]
+    }
+    first = models[options.runs[0]]
     about = (
-        f"{len(models)} models, trained with the whole chain of 5 steps (`ddpm`) on {DATASET} for {models[0].num_timesteps:,} "
+        f"{len(models)} models, trained with the whole chain of 5 steps (`ddpm`) on {DATASET} for {first.num_timesteps:,} "
         f"updates (`{'`, `'.join(options.runs)}`); {options.episodes} episodes of each, the interquartile mean of the "
         f"normalised scores with its 95 % bootstrap interval over episodes. {th.get_num_threads()} thread."
     )
     chain_rows: list[list[str | float | int | None]] = []
     for sampler, n_steps in CHAINS:
-        for model in models:
+        for model in models.values():
             model.set_sampler(sampler, n_steps)
         calls = 2 * n_steps - 1 if sampler == "heun" else n_steps
-        scores = [score(models, dataset, options.episodes, deterministic) for deterministic in (True, False)]
-        chain_rows.append([sampler, n_steps, calls, *scores, *costs(models[0], dataset)])
+        scores = [score(models, dataset, f"{sampler}-{n_steps}", options.episodes, still) for still in (True, False)]
+        chain_rows.append([sampler, n_steps, calls, *scores, *costs(first, dataset)])
         print(*chain_rows[-1], sep="\t", flush=True)
     write_table(
         RESULTS / "samplers.json",
@@ -123,11 +130,11 @@ def main() -> None:
     )
     candidate_rows: list[list[str | float | int | None]] = []
     for n, choice in CHOICES:
-        for model in models:
+        for model in models.values():
             model.set_sampler("ddpm")
             model.policy.n_action_samples, model.policy.candidate_choice = n, choice
-        words = choice if n > 1 else "none"
-        candidate_rows.append([n, words, score(models, dataset, options.episodes, False), *costs(models[0], dataset)])
+        drawn = score(models, dataset, f"{n}-{choice}", options.episodes, False)
+        candidate_rows.append([n, choice if n > 1 else "none", drawn, *costs(first, dataset)])
         print(*candidate_rows[-1], sep="\t", flush=True)
     write_table(
         RESULTS / "candidates.json",
