@@ -20,10 +20,9 @@ from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
 from sb3_diffusion.common.policies import Actor, DiffusionPolicy, Network
-from sb3_diffusion.common.schedules import noise_schedule_betas
 from sb3_diffusion.common.torch_layers import Mish
 from sb3_diffusion.common.utils import check_choice, make_optimizer, move_average
-from sb3_diffusion.diffsr.networks import FourierHeads, ResidualMLP, SpectralScore
+from sb3_diffusion.diffsr.networks import FourierHeads, ResidualMLP, SpectralScore, feature_noise_betas
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 LARGE_LAST_LAYER = 20_000_000
@@ -147,7 +146,7 @@ class SpectralCritic(Network):
     :param n_frequencies: Fourier frequencies of each head
     :param trainable_frequencies: learn the frequencies
     :param time_embedding_dim: size of the embedding of the noise level
-    :param noise_schedule: ``"linear"``, ``"cosine"`` or ``"vp"``
+    :param noise_schedule: ``"vp"``, ``"linear"``, ``"cosine"`` or ``"beta_law"``
     :param n_diffusion_steps: number of noise levels
     :param kwargs: arguments of [Network][sb3_diffusion.common.policies.Network]
     """
@@ -185,7 +184,7 @@ class SpectralCritic(Network):
         if score_net_arch is not None:
             _warn_if_large(score_net_arch, feature_dim, state_dim)
             score = SpectralScore(state_dim, feature_dim, score_net_arch, activation_fn, time_embedding_dim)
-            self.denoiser = DiscreteDenoiser(score, noise_schedule_betas(noise_schedule, n_diffusion_steps), "noise")
+            self.denoiser = DiscreteDenoiser(score, feature_noise_betas(noise_schedule, n_diffusion_steps), "noise")
             self.reward_net = FourierHeads(1, *heads)
 
     def spectral_features(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
@@ -258,7 +257,7 @@ class DiffSRPolicy(DiffusionPolicy):
     :param score_net_width: width of the second network of the features
     :param n_frequencies: Fourier frequencies of each head
     :param trainable_frequencies: learn the frequencies
-    :param noise_schedule: ``"linear"``, ``"cosine"`` or ``"vp"``
+    :param noise_schedule: ``"vp"``, ``"linear"``, ``"cosine"`` or ``"beta_law"``
     :param n_diffusion_steps: number of noise levels
     :param initial_ent_coef: where a learned temperature starts; None if it is not learned
     :param with_covariance: keep the covariance of the features, for the exploration bonus
@@ -378,9 +377,13 @@ class DiffSRPolicy(DiffusionPolicy):
 
         learning_rate = lr_schedule(1.0)
         self.actor.optimizer = self.make_optimizer(self.actor, learning_rate)
-        self.critic.optimizer = self.make_optimizer(self.critic.q_net, critic_learning_rate or learning_rate)
+        critic_rate = learning_rate if critic_learning_rate is None else critic_learning_rate
+        self.critic.optimizer = self.make_optimizer(self.critic.q_net, critic_rate)
         self.critic.feature_optimizer = make_optimizer(
-            optimizer_class, self.critic.feature_parameters(), feature_learning_rate or learning_rate, self.optimizer_kwargs
+            optimizer_class,
+            self.critic.feature_parameters(),
+            learning_rate if feature_learning_rate is None else feature_learning_rate,
+            self.optimizer_kwargs,
         )
         self.log_ent_coef: nn.Parameter | None = None
         if initial_ent_coef is not None:
