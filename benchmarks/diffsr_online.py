@@ -134,8 +134,8 @@ def learn(
         result_file,
         f"DiffSR online: {task.env_id}{' without velocities' if task.masked else ''}",
         f"{steps or task.steps:,} env steps{shown}, the first {LEARNING_STARTS:,} at random, one update after each of the "
-        f"others; {n_evaluations} evaluations of {N_EVAL_EPISODES} episodes each, deterministic actions. DiffSR has its preset "
-        '"small", TD3 and SAC are SB3\'s with their defaults (TD3 with exploration noise 0.1).',
+        f"others; {n_evaluations} evaluations of {N_EVAL_EPISODES} episodes each, deterministic actions. DiffSR has its small "
+        "preset, TD3 and SAC are SB3's with their defaults (TD3 with exploration noise 0.1).",
     )
     arguments: dict[str, Any] = dict(learning_starts=LEARNING_STARTS, seed=seed, device="cpu", **changes)
     return run(
