@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[list[str | float | int | None]] = []
     for name, model in models.items():
         is_sac = isinstance(model, SAC)
-        weights = sum(parameter.numel() for parameter in model.policy.parameters() if parameter.requires_grad)
+        weights = sum(p.numel() for name, p in model.policy.named_parameters() if "_target." not in name)
         rows.append(
             [
                 name,

@@ -36,7 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         feature_dim=64,
         score_net_width=128,
         n_frequencies=128,
+        critic_learning_rate=1e-3,
         feature_learning_rate=1e-3,
-        policy_kwargs=dict(net_arch=dict(pi=[256, 256], qf=[256], psi=[256], zeta=[128]), activation_fn=nn.ELU),
+        policy_kwargs=dict(net_arch=dict(pi=[256, 256], qf=[128], psi=[256], zeta=[128]), activation_fn=nn.ELU),
     ),
 }
