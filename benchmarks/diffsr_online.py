@@ -138,6 +138,8 @@ def learn(
         "preset, TD3 and SAC are SB3's with their defaults (TD3 with exploration noise 0.1).",
     )
     arguments: dict[str, Any] = dict(learning_starts=LEARNING_STARTS, seed=seed, device="cpu", **changes)
+    if task.masked and setting.cls is DiffSR:
+        arguments["n_stack"] = N_HISTORY
     return run(
         ", ".join([setting.name, *(f"{name}={value}" for name, value in changes.items())]),
         seed,

@@ -611,7 +611,7 @@ def test_gradients_stay_where_they_belong() -> None:
 
 @pytest.mark.parametrize("actor_type", ["td3", "sac"])
 def test_values_on_the_features_as_they_are(actor_type: str) -> None:
-    """Without ``target_features`` all values and the public features use psi itself, and the critic still does not train it."""
+    """Without ``target_features`` values and public features use psi itself, which the critic still does not train."""
     model, batch = make_model(target_features=False, actor_type=actor_type, ent_coef=0.0, bc_coef=0.0), make_batch()
     with th.no_grad():
         for parameter in model.critic_target.psi.parameters():
@@ -788,6 +788,7 @@ def test_presets(name: str) -> None:
         dict(feature_dim=0),
         dict(n_feature_steps=0),
         dict(policy_delay=0),
+        dict(n_stack=0),
         dict(reward_coef=-1.0),
         dict(noise_scale=0.0),
         dict(max_grad_norm=0.0),
@@ -813,8 +814,23 @@ def test_velocity_mask() -> None:
     chosen = VelocityMask(gym.make("Pendulum-v1"), keep=[2, 0])
     np.testing.assert_array_equal(chosen.reset(seed=0)[0], env.unwrapped.reset(seed=0)[0][[2, 0]])
     assert chosen.spec is not None and gym.make(chosen.spec).observation_space == chosen.observation_space
-    model = make_model(VecFrameStack(make_vec_env(lambda: VelocityMask(gym.make("Pendulum-v1"))), n_stack=3)).learn(15)
-    assert model.observation_space.shape == (6,)
+
+
+def test_newest_of_a_history_is_diffused() -> None:
+    env = VecFrameStack(make_vec_env(lambda: VelocityMask(gym.make("Pendulum-v1"))), n_stack=3)
+    whole = make_model(env).learn(15)
+    assert whole.observation_space.shape == (6,) and whole.critic.diffused_dim == 6
+    model = make_model(env, n_stack=3).learn(15)
+    batch = model.sample_batch(4)
+    th.testing.assert_close(batch.next_observations[:, :4], batch.observations[:, 2:])  # the older part is known
+    diffused = model.critic_target.diffused(batch.next_observations)
+    th.testing.assert_close(diffused, model.critic_target.features(batch.next_observations)[:, 4:])
+    psi = model.critic.spectral_features(batch.observations, batch.actions)
+    assert model.critic.denoiser.net(diffused, psi, th.arange(4)).shape == (4, 2)
+    assert model.actor.net.first.in_features == 6, "the actor sees the whole history"
+    for n_stack, bad in ((4, env), (2, image_env())):
+        with pytest.raises(ValueError, match="n_stack"):
+            make_model(bad, n_stack=n_stack, policy="CnnPolicy" if n_stack == 2 else "MlpPolicy", buffer_size=20)
 
 
 @pytest.mark.parametrize(

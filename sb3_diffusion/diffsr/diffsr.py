@@ -110,6 +110,8 @@ class DiffSR(OfflineAlgorithm):
     :param noise_schedule: ``"vp"``, ``"linear"``, ``"cosine"`` or ``"beta_law"``, see
         [feature_noise_betas][sb3_diffusion.diffsr.networks.feature_noise_betas]
     :param n_diffusion_steps: number of noise levels
+    :param n_stack: length of the history that an observation is, as ``VecFrameStack`` or ``OfflineDataset.stack`` makes it of
+        vectors: the features learn to tell the newest observation of the next history, the rest of which is known
     :param reward_coef: weight of the reward head's loss
     :param decorrelation_coef: weight of a penalty on correlated hidden features in the critic's heads
     :param target_features: critic and actor see the moving average of $\psi$; False for $\psi$ as it is
@@ -185,6 +187,7 @@ class DiffSR(OfflineAlgorithm):
         noise_scale: float = 1.0,
         noise_schedule: str = "vp",
         n_diffusion_steps: int = 50,
+        n_stack: int = 1,
         reward_coef: float = 0.1,
         decorrelation_coef: float = 0.0,
         target_features: bool = True,
@@ -220,6 +223,7 @@ class DiffSR(OfflineAlgorithm):
             n_frequencies=n_frequencies,
             n_feature_steps=n_feature_steps,
             n_diffusion_steps=n_diffusion_steps,
+            n_stack=n_stack,
             policy_delay=policy_delay,
             target_update_interval=target_update_interval,
         ).items():
@@ -278,6 +282,7 @@ class DiffSR(OfflineAlgorithm):
         self.noise_scale = noise_scale
         self.noise_schedule = noise_schedule
         self.n_diffusion_steps = n_diffusion_steps
+        self.n_stack = n_stack
         self.reward_coef = reward_coef
         self.decorrelation_coef = decorrelation_coef
         self.target_features = target_features
@@ -312,6 +317,7 @@ class DiffSR(OfflineAlgorithm):
             trainable_frequencies=self.trainable_frequencies,
             noise_schedule=self.noise_schedule,
             n_diffusion_steps=self.n_diffusion_steps,
+            n_stack=self.n_stack,
             initial_ent_coef=_initial_ent_coef(self.ent_coef) if self.actor_type == "sac" else None,
             with_covariance=self.exploration_coef > 0.0,
             normalize_observations=self.normalize_observations,
@@ -401,7 +407,7 @@ class DiffSR(OfflineAlgorithm):
         transitions = batch if self.n_steps == 1 else self._sample_single_steps(len(batch.rewards))
         n = len(transitions.rewards)
         level = th.randint(self.n_diffusion_steps, (n,), generator=self.generator, device=self.device)
-        noise = self._draw_normal(n, self.critic.features_extractor.features_dim)
+        noise = self._draw_normal(n, self.critic.diffused_dim)
         loss = self._feature_loss(transitions, noise, level)
         if self._critic_reaches_features:
             loss = loss + self._critic_loss(batch)
