@@ -760,6 +760,9 @@ def test_images(share: bool) -> None:
     model._train_actor(batch)
     assert bool(changed(actor_before, model.actor.features_extractor)) is not share
     assert make_model(image_env(), policy="CnnPolicy", buffer_size=20).critic.features_extractor.features_dim == 50
+    several = spaces.Dict(image=image_env().observation_space, vector=box(3))
+    of_several = make_model(RandomEnv(several, box(1)), policy="MultiInputPolicy", buffer_size=20)
+    assert of_several.critic.features_extractor.features_dim == 53
 
 
 def test_large_last_layer_warns() -> None:

@@ -25,6 +25,8 @@ from sb3_diffusion.common.utils import check_choice, make_optimizer, move_averag
 from sb3_diffusion.diffsr.networks import FourierHeads, ResidualMLP, SpectralScore, feature_noise_betas
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+IMAGE_STATE_DIM = 50
+"""Entries of the state that an image becomes: SB3's 256 would make the last layer of the second network huge."""
 LARGE_LAST_LAYER = 20_000_000
 """Weights in the last layer of the second network from which on there is a warning."""
 
@@ -447,19 +449,21 @@ class CnnPolicy(DiffSRPolicy):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", NatureCNN)
-        if kwargs["features_extractor_class"] is NatureCNN:
-            given = kwargs.get("features_extractor_kwargs") or {}
-            kwargs["features_extractor_kwargs"] = {"features_dim": 50, **given}
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **_with_small_states(kwargs, NatureCNN, "features_dim"))
 
 
 class MultiInputPolicy(DiffSRPolicy):
     """
     [DiffSRPolicy][sb3_diffusion.diffsr.policies.DiffSRPolicy] on ``Dict`` observations, through SB3's
-    ``CombinedExtractor``.
+    ``CombinedExtractor``, with 50 outputs for each image.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", CombinedExtractor)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **_with_small_states(kwargs, CombinedExtractor, "cnn_output_dim"))
+
+
+def _with_small_states(kwargs: dict[str, Any], extractor: type[BaseFeaturesExtractor], size: str) -> dict[str, Any]:
+    """Policy arguments whose ``extractor``, unless they name another, makes ``IMAGE_STATE_DIM`` numbers of an image."""
+    if kwargs.setdefault("features_extractor_class", extractor) is extractor:
+        kwargs["features_extractor_kwargs"] = {size: IMAGE_STATE_DIM, **(kwargs.get("features_extractor_kwargs") or {})}
+    return kwargs
