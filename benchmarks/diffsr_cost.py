@@ -11,7 +11,6 @@ import argparse
 import resource
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
@@ -79,8 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     names = [next(iter(SETTINGS)), *options.settings]
 
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        memory = dict(zip(names, pool.map(peak_memory, names, [options.threads] * len(names)), strict=True))
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = pool.starmap(peak_memory, [(name, options.threads) for name in names], chunksize=1)
+    memory = dict(zip(names, peaks, strict=True))
 
     th.set_num_threads(options.threads)
     models = {name: make(name, 600) for name in names}

@@ -11,6 +11,7 @@ A run that was interrupted goes on where it stopped; finished runs are kept, so 
 """
 
 import argparse
+import importlib
 from typing import Any
 
 import gymnasium as gym
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args(arguments)
     try:
-        import metaworld  # noqa: F401  # registers its tasks
+        importlib.import_module("metaworld")  # registers its tasks
     except ImportError as error:
         raise ImportError("Meta-World is missing: make its environment as the docstring of this script says.") from error
     th.set_num_threads(options.threads)
