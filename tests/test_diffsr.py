@@ -12,6 +12,7 @@ import torch as th
 from conftest import image_env
 from envs import POINT_ENV, RandomEnv
 from gymnasium import spaces
+from scipy import stats
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import NormalActionNoise
@@ -21,16 +22,19 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from sb3_diffusion import DiffSR, OfflineDataset
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
 from sb3_diffusion.common.samplers import sample_ddpm
-from sb3_diffusion.common.schedules import NOISE_SCHEDULES, noise_schedule_betas, vp_betas
+from sb3_diffusion.common.schedules import vp_betas
 from sb3_diffusion.diffsr import fit_linear
 from sb3_diffusion.diffsr.networks import (
     FEATURE_LOSSES,
+    FEATURE_NOISE_SCHEDULES,
     FourierHeads,
     ResidualMLP,
     SpectralScore,
+    beta_law_betas,
     decorrelation_penalty,
     elliptical_bonus,
     feature_errors,
+    feature_noise_betas,
     unit_features,
 )
 from sb3_diffusion.wrappers import VelocityMask
@@ -151,10 +155,19 @@ def test_heads_are_independent_functions_of_sines_and_cosines(trainable: bool, a
         assert big.std().item() == pytest.approx(1 / math.sqrt(400), rel=0.05)
 
 
-@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+@pytest.mark.parametrize("schedule", FEATURE_NOISE_SCHEDULES)
 def test_noise_grows_with_the_level(schedule: str) -> None:
-    denoiser = DiscreteDenoiser(SpectralScore(2, 3, [4], time_embedding_dim=8), noise_schedule_betas(schedule, 50))
+    denoiser = DiscreteDenoiser(SpectralScore(2, 3, [4], time_embedding_dim=8), feature_noise_betas(schedule, 50))
     assert (denoiser.alphas.diff() < 0.0).all() and (denoiser.sigmas.diff() > 0.0).all()
+
+
+def test_beta_law() -> None:
+    alphas_bar = (1.0 - beta_law_betas(1_000)).cumprod(dim=0)
+    law = stats.beta(0.3, 0.1)
+    np.testing.assert_allclose(alphas_bar, 1.0 - law.cdf(np.linspace(1e-3, 1.0 - 1e-3, 1_000)), rtol=1e-10)
+    model = make_model(noise_schedule="beta_law", n_diffusion_steps=1_000, noise_scale=0.449)
+    stds = 0.449 * model.critic.denoiser.sigmas
+    np.testing.assert_allclose([stds.min(), stds.max()], [0.081, 0.350], atol=1e-3)  # those of the authors' MuJoCo runs
 
 
 def test_likelihood_of_the_stochastic_actor() -> None:
@@ -308,14 +321,14 @@ def test_too_few_features_cannot_tell_the_mean() -> None:
 
 
 @pytest.mark.expensive
-@pytest.mark.parametrize("form", FEATURE_LOSSES)
-def test_features_learn_to_the_floor(form: str) -> None:
-    model, found = trained_on_linear_gaussian(8, 0.3, 6_000, feature_loss=form)
+@pytest.mark.parametrize(("form", "std"), [*[(form, 0.3) for form in FEATURE_LOSSES], ("noise", 0.1)])
+def test_features_learn_to_the_floor(form: str, std: float) -> None:
+    model, found = trained_on_linear_gaussian(8, std, 6_000, feature_loss=form)
     if form == "noise":
         assert found["error"] < 0.02 and found["floor"] * 0.98 < found["loss"] < 1.1 * found["floor"]
     for i in range(2):
         assert fit_linear(found["psi"], found["means"][:, i]).r2 > (0.99 if form == "noise" else 0.95)
-    if form == "noise":  # the model that is never sampled would give next states of the right law
+    if form == "noise" and std == 0.3:  # the model that is never sampled would give next states of the right law
         denoiser, generator = model.critic.denoiser, th.Generator().manual_seed(9)
         noises = th.randn(50, 20_000, 2, generator=generator)
         with th.no_grad():
@@ -596,6 +609,24 @@ def test_gradients_stay_where_they_belong() -> None:
     assert any(parameter.grad.abs().sum() > 0.0 for parameter in model.actor.parameters()), "through psi to the action"
 
 
+@pytest.mark.parametrize("actor_type", ["td3", "sac"])
+def test_values_on_the_features_as_they_are(actor_type: str) -> None:
+    """Without ``target_features`` values and public features use psi itself, which the critic still does not train."""
+    model, batch = make_model(target_features=False, actor_type=actor_type, ent_coef=0.0, bc_coef=0.0), make_batch()
+    with th.no_grad():
+        for parameter in model.critic_target.psi.parameters():
+            parameter.fill_(math.nan)  # whatever touches the average shows
+    loss = model._critic_loss(batch)
+    loss.backward()
+    with_gradient = {name for name, parameter in model.policy.named_parameters() if parameter.grad is not None}
+    assert loss.isfinite() and all(name.startswith("critic.q_net.") for name in with_gradient)
+    model._train_actor(batch)
+    assert all(parameter.isfinite().all() for parameter in model.actor.parameters())
+    observations, actions = batch.observations, batch.actions
+    with th.no_grad():
+        th.testing.assert_close(model.features(observations, actions), model.critic.spectral_features(observations, actions))
+
+
 def test_critic_may_train_the_features() -> None:
     model, batch = make_model(critic_trains_features=True), make_batch()
     model._critic_loss(batch).backward()
@@ -614,13 +645,20 @@ def test_the_critic_sees_the_averaged_features() -> None:
     assert not th.allclose(*losses, atol=1e-3)
 
 
+def optimizers_of(model: DiffSR) -> tuple[th.optim.Optimizer, ...]:
+    return model.actor.optimizer, model.critic.optimizer, model.critic.feature_optimizer
+
+
 def test_learning_rates() -> None:
     model = make_model(learning_rate=1e-3, critic_learning_rate=lambda p: 2e-3 * p, feature_learning_rate=3e-3).learn(2)
-    optimizers = (model.actor.optimizer, model.critic.optimizer, model.critic.feature_optimizer)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers_of(model)]
     np.testing.assert_allclose(rates, [1e-3, 1e-3, 3e-3])  # half of the run was left at the last update
     model = make_model(learning_rate=1e-3, feature_learning_rate=None).learn(1)
     assert model.critic.feature_optimizer.param_groups[0]["lr"] == model.critic.optimizer.param_groups[0]["lr"] == 1e-3
+    model.lr_schedule = lambda _: 2e-3  # where no other rate is given, all follow it
+    model.train(1)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers_of(model)]
+    assert rates == [2e-3] * 3
 
 
 def test_exploration_noise() -> None:
@@ -722,6 +760,9 @@ def test_images(share: bool) -> None:
     model._train_actor(batch)
     assert bool(changed(actor_before, model.actor.features_extractor)) is not share
     assert make_model(image_env(), policy="CnnPolicy", buffer_size=20).critic.features_extractor.features_dim == 50
+    several = spaces.Dict(image=image_env().observation_space, vector=box(3))
+    of_several = make_model(RandomEnv(several, box(1)), policy="MultiInputPolicy", buffer_size=20)
+    assert of_several.critic.features_extractor.features_dim == 53
 
 
 def test_large_last_layer_warns() -> None:
@@ -750,6 +791,7 @@ def test_presets(name: str) -> None:
         dict(feature_dim=0),
         dict(n_feature_steps=0),
         dict(policy_delay=0),
+        dict(n_stack=0),
         dict(reward_coef=-1.0),
         dict(noise_scale=0.0),
         dict(max_grad_norm=0.0),
@@ -775,8 +817,23 @@ def test_velocity_mask() -> None:
     chosen = VelocityMask(gym.make("Pendulum-v1"), keep=[2, 0])
     np.testing.assert_array_equal(chosen.reset(seed=0)[0], env.unwrapped.reset(seed=0)[0][[2, 0]])
     assert chosen.spec is not None and gym.make(chosen.spec).observation_space == chosen.observation_space
-    model = make_model(VecFrameStack(make_vec_env(lambda: VelocityMask(gym.make("Pendulum-v1"))), n_stack=3)).learn(15)
-    assert model.observation_space.shape == (6,)
+
+
+def test_newest_of_a_history_is_diffused() -> None:
+    env = VecFrameStack(make_vec_env(lambda: VelocityMask(gym.make("Pendulum-v1"))), n_stack=3)
+    whole = make_model(env).learn(15)
+    assert whole.observation_space.shape == (6,) and whole.critic.diffused_dim == 6
+    model = make_model(env, n_stack=3).learn(15)
+    batch = model.sample_batch(4)
+    th.testing.assert_close(batch.next_observations[:, :4], batch.observations[:, 2:])  # the older part is known
+    diffused = model.critic_target.diffused(batch.next_observations)
+    th.testing.assert_close(diffused, model.critic_target.features(batch.next_observations)[:, 4:])
+    psi = model.critic.spectral_features(batch.observations, batch.actions)
+    assert model.critic.denoiser.net(diffused, psi, th.arange(4)).shape == (4, 2)
+    assert model.actor.net.first.in_features == 6, "the actor sees the whole history"
+    for n_stack, bad in ((4, env), (2, image_env())):
+        with pytest.raises(ValueError, match="n_stack"):
+            make_model(bad, n_stack=n_stack, policy="CnnPolicy" if n_stack == 2 else "MlpPolicy", buffer_size=20)
 
 
 @pytest.mark.parametrize(

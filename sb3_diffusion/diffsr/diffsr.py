@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer
@@ -56,8 +56,8 @@ class DiffSR(OfflineAlgorithm):
       smallest noise outweigh all others; ``feature_loss`` offers all published forms.
     * A head on $\psi$ learns the reward (``reward_coef``), as in the code for TD3: the theory takes the reward to be known and
       linear in the features.
-    * The critic sees the moving average of $\psi$ on both sides of its error, as in the code for TD3, also with SAC, whose
-      code has the features just trained: these move under the critic.
+    * The critic sees the moving average of $\psi$ on both sides of its error (``target_features``), as in the code for TD3,
+      also with SAC, whose code has the features just trained: these move under the critic.
     * Both actors have the heads of TD3 on $\psi$: normalisation, sines and cosines. The code for SAC has sines only, and no
       normalisation.
     * Fixed frequencies are drawn from $N(0, I / d)$ and not from $N(0, I)$: $\psi$ is normalised to length $\sqrt{d}$.
@@ -74,7 +74,8 @@ class DiffSR(OfflineAlgorithm):
       autoencoder. The critic's loss trains a learned extractor too (``critic_trains_features``), as the authors' does.
       There is no augmentation of images.
     * The elliptical bonus (``exploration_coef``) stands in the paper's theory and in no published code.
-    * The authors' MuJoCo noise schedule (a beta law) is not offered; the preset has the linear one.
+    * The noise level is told by the embedding of its index, as in the code for TD3; the one for SAC gives
+      $\bar\alpha_k$ itself.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a policy class
     :param env: Gymnasium env, VecEnv, id or None; with None it comes from the dataset
@@ -106,10 +107,14 @@ class DiffSR(OfflineAlgorithm):
     :param feature_loss: ``"noise"``, ``"score"``, ``"weighted_score"`` or ``"displacement"``, see
         [feature_errors][sb3_diffusion.diffsr.networks.feature_errors]
     :param noise_scale: standard deviation of what next states are mixed with
-    :param noise_schedule: ``"vp"``, ``"linear"`` or ``"cosine"``
+    :param noise_schedule: ``"vp"``, ``"linear"``, ``"cosine"`` or ``"beta_law"``, see
+        [feature_noise_betas][sb3_diffusion.diffsr.networks.feature_noise_betas]
     :param n_diffusion_steps: number of noise levels
+    :param n_stack: length of the history that an observation is, as ``VecFrameStack`` or ``OfflineDataset.stack`` makes it of
+        vectors: the features learn to tell the newest observation of the next history, the rest of which is known
     :param reward_coef: weight of the reward head's loss
     :param decorrelation_coef: weight of a penalty on correlated hidden features in the critic's heads
+    :param target_features: critic and actor see the moving average of $\psi$; False for $\psi$ as it is
     :param critic_trains_features: the critic's loss reaches $\psi$ and the features extractor; None means only where the
         extractor has weights
     :param exploration_coef: weight of the elliptical bonus added to rewards online
@@ -182,8 +187,10 @@ class DiffSR(OfflineAlgorithm):
         noise_scale: float = 1.0,
         noise_schedule: str = "vp",
         n_diffusion_steps: int = 50,
+        n_stack: int = 1,
         reward_coef: float = 0.1,
         decorrelation_coef: float = 0.0,
+        target_features: bool = True,
         critic_trains_features: bool | None = None,
         exploration_coef: float = 0.0,
         policy_delay: int = 1,
@@ -216,6 +223,7 @@ class DiffSR(OfflineAlgorithm):
             n_frequencies=n_frequencies,
             n_feature_steps=n_feature_steps,
             n_diffusion_steps=n_diffusion_steps,
+            n_stack=n_stack,
             policy_delay=policy_delay,
             target_update_interval=target_update_interval,
         ).items():
@@ -274,8 +282,10 @@ class DiffSR(OfflineAlgorithm):
         self.noise_scale = noise_scale
         self.noise_schedule = noise_schedule
         self.n_diffusion_steps = n_diffusion_steps
+        self.n_stack = n_stack
         self.reward_coef = reward_coef
         self.decorrelation_coef = decorrelation_coef
+        self.target_features = target_features
         self.critic_trains_features = critic_trains_features
         self.exploration_coef = exploration_coef
         self.policy_delay = policy_delay
@@ -307,6 +317,7 @@ class DiffSR(OfflineAlgorithm):
             trainable_frequencies=self.trainable_frequencies,
             noise_schedule=self.noise_schedule,
             n_diffusion_steps=self.n_diffusion_steps,
+            n_stack=self.n_stack,
             initial_ent_coef=_initial_ent_coef(self.ent_coef) if self.actor_type == "sac" else None,
             with_covariance=self.exploration_coef > 0.0,
             normalize_observations=self.normalize_observations,
@@ -396,7 +407,7 @@ class DiffSR(OfflineAlgorithm):
         transitions = batch if self.n_steps == 1 else self._sample_single_steps(len(batch.rewards))
         n = len(transitions.rewards)
         level = th.randint(self.n_diffusion_steps, (n,), generator=self.generator, device=self.device)
-        noise = self._draw_normal(n, self.critic.features_extractor.features_dim)
+        noise = self._draw_normal(n, self.critic.diffused_dim)
         loss = self._feature_loss(transitions, noise, level)
         if self._critic_reaches_features:
             loss = loss + self._critic_loss(batch)
@@ -413,9 +424,10 @@ class DiffSR(OfflineAlgorithm):
     def _update_learning_rates(self) -> None:
         others = [] if self.log_ent_coef is None else [self.policy.ent_coef_optimizer]
         self._update_learning_rate([self.actor.optimizer, *others])
-        progress = self._current_progress_remaining
-        update_learning_rate(self.critic.optimizer, self.critic_lr_schedule(progress))
-        update_learning_rate(self.critic.feature_optimizer, self.feature_lr_schedule(progress))
+        critic_schedule = self.lr_schedule if self.critic_learning_rate is None else self.critic_lr_schedule
+        feature_schedule = self.lr_schedule if self.feature_learning_rate is None else self.feature_lr_schedule
+        update_learning_rate(self.critic.optimizer, critic_schedule(self._current_progress_remaining))
+        update_learning_rate(self.critic.feature_optimizer, feature_schedule(self._current_progress_remaining))
 
     def _minimize(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
         self._add_loss(name, minimize(optimizer, loss, self.max_grad_norm))
@@ -466,11 +478,11 @@ class DiffSR(OfflineAlgorithm):
         penalty on correlated hidden features.
         """
         with th.no_grad():
-            averaged = self.critic_target.spectral_features(batch.observations, batch.actions)
+            fixed = self._value_features(batch.observations, batch.actions)
             discounts = self.gamma if batch.discounts is None else batch.discounts
             next_values = self._next_values(batch, self._draw_normal(*batch.actions.shape))
-            targets = batch.rewards + self._bonus(averaged) + (1.0 - batch.dones) * discounts * next_values
-        psi = averaged
+            targets = batch.rewards + self._bonus(fixed) + (1.0 - batch.dones) * discounts * next_values
+        psi = fixed
         if self._critic_reaches_features:
             psi = self.critic.spectral_features(batch.observations, batch.actions)
         hidden = self.critic.q_net.hidden(psi)
@@ -487,10 +499,18 @@ class DiffSR(OfflineAlgorithm):
         if self.actor_target is not None:
             smoothing = (self.target_policy_noise * noise).clamp(-self.target_noise_clip, self.target_noise_clip)
             actions = (self.actor_target.mean(batch.next_observations) + smoothing).clamp(-1.0, 1.0)
-            return self.critic_target(batch.next_observations, actions).amin(dim=0)
-        actions, log_prob = self.actor.sample(batch.next_observations, noise)
-        assert log_prob is not None
-        return self.critic_target(batch.next_observations, actions).amin(dim=0) - self._temperature() * log_prob
+            entropy: th.Tensor | float = 0.0
+        else:
+            actions, log_prob = self.actor.sample(batch.next_observations, noise)
+            assert log_prob is not None
+            entropy = -self._temperature() * log_prob
+        psi = self._value_features(batch.next_observations, actions)
+        return self.critic_target.q_net(psi).amin(dim=0) + entropy
+
+    def _value_features(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        r"""What action values are built on: $\bar\psi(s, a)$, or $\psi(s, a)$ without ``target_features``."""
+        network = self.critic_target if self.target_features else self.critic
+        return network.spectral_features(observations, actions)
 
     def _bonus(self, psi: th.Tensor) -> th.Tensor | float:
         r"""$b \sqrt{\phi^\top (n C + I)^{-1} \phi}$ online, $\phi$ being normalised features and $C$ their covariance."""
@@ -512,7 +532,7 @@ class DiffSR(OfflineAlgorithm):
         """
         if self.pretraining:
             return self._bc_loss(batch, actions)
-        q_values = self.critic.q_net(self.critic_target.spectral_features(batch.observations, actions))
+        q_values = self.critic.q_net(self._value_features(batch.observations, actions))
         reduction = self.q_reduction or ("mean" if self.actor_type == "td3" else "min")
         q_value = q_values.mean(dim=0) if reduction == "mean" else q_values.amin(dim=0)
         loss = -q_value.mean()
@@ -539,7 +559,7 @@ class DiffSR(OfflineAlgorithm):
 
     def features(self, observations: Any, actions: Any) -> Any:
         r"""
-        The features $\bar\psi(s, a)$ that the critic is built on.
+        The features that the critic is built on: $\bar\psi(s, a)$, or $\psi(s, a)$ without ``target_features``.
 
         :param observations: as for ``predict``, array or tensor ``(batch_size, *obs_shape)``, or a dict of such
         :param actions: in env units, shape ``(batch_size, *action_shape)``
@@ -551,7 +571,7 @@ class DiffSR(OfflineAlgorithm):
         given = th.as_tensor(actions, device=self.device).float().reshape(-1, *space.shape)
         scaled = (2.0 * (given - low) / (high - low) - 1.0).flatten(1)
         with th.no_grad():
-            features = self.critic_target.spectral_features(self._as_tensors(observations), scaled)
+            features = self._value_features(self._as_tensors(observations), scaled)
         return features if isinstance(actions, th.Tensor) else features.cpu().numpy()
 
     def _as_tensors(self, observations: Any) -> Any:

@@ -1,14 +1,16 @@
 r"""Networks and losses of Diff-SR that know shapes only: $\psi$, $\zeta$ and heads of Fourier features."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch as th
 import torch.nn.functional as F
 from torch import nn
 
+from sb3_diffusion.common.schedules import NOISE_SCHEDULES
 from sb3_diffusion.common.torch_layers import EnsembleLayerNorm, EnsembleLinear, Mish, SinusoidalEmbedding
+from sb3_diffusion.common.utils import check_choice
 
 FEATURE_LOSSES = ("noise", "score", "weighted_score", "displacement")
 """The forms of the feature loss, see [feature_errors][sb3_diffusion.diffsr.networks.feature_errors]."""
@@ -90,6 +92,48 @@ class SpectralScore(nn.Module):
         embedding = self.time_embedding(level).expand(len(noisy), -1)
         zeta = self.zeta(th.cat([noisy, embedding], dim=-1)).unflatten(1, (self.feature_dim, -1))
         return th.bmm(psi.unsqueeze(1), zeta).squeeze(1)
+
+
+def beta_law_betas(n_diffusion_steps: int, a: float = 0.3, b: float = 0.1, margin: float = 1e-3) -> th.Tensor:
+    r"""
+    The schedule of the authors' code for MuJoCo: $1 - \bar\alpha$ is the distribution function of a beta law at equal
+    distances in [``margin``, 1 - ``margin``], so that $\bar\alpha$ falls from 0.967 to 0.391. Levels this far from pure
+    noise cannot start a sampler.
+
+    :param n_diffusion_steps: number of levels, $T$
+    :param a: first parameter of the law
+    :param b: second parameter
+    :param margin: how far the levels stay from the ends of the law, below 0.5
+    :return: $\beta_1 \dots \beta_T$, shape ``(n_diffusion_steps,)``, float64
+    """
+    x = th.linspace(margin, 1.0 - margin, n_diffusion_steps, dtype=th.float64)
+    lower, upper = _beta_law_tail(x.clamp(max=0.5), a, b), _beta_law_tail((1.0 - x).clamp(max=0.5), b, a)
+    alphas_bar = th.where(x <= 0.5, 1.0 - lower, upper)
+    return 1.0 - alphas_bar / th.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
+
+
+def _beta_law_tail(x: th.Tensor, a: float, b: float) -> th.Tensor:
+    """Distribution function of the beta law up to the middle, by the power series of its density."""
+    total, coefficient = th.zeros_like(x), 1.0
+    for n in range(64):  # a term is less than half the one before
+        total = total + coefficient * x**n / (a + n)
+        coefficient *= (n + 1.0 - b) / (n + 1.0)
+    return x**a * total * math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+
+
+FEATURE_NOISE_SCHEDULES: dict[str, Callable[[int], th.Tensor]] = {**NOISE_SCHEDULES, "beta_law": beta_law_betas}
+"""Noise schedules of the features by name: those of the package, and one that only serves a model that is never sampled."""
+
+
+def feature_noise_betas(noise_schedule: str, n_diffusion_steps: int) -> th.Tensor:
+    """
+    :param noise_schedule: ``"vp"``, ``"linear"``, ``"cosine"`` or ``"beta_law"``
+    :param n_diffusion_steps: number of levels, at least 1
+    :return: their variances, shape ``(n_diffusion_steps,)``, float64
+    :raises ValueError: if there is no such schedule
+    """
+    check_choice("noise_schedule", noise_schedule, list(FEATURE_NOISE_SCHEDULES))
+    return FEATURE_NOISE_SCHEDULES[noise_schedule](n_diffusion_steps)
 
 
 def feature_errors(

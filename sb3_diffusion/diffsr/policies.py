@@ -20,12 +20,13 @@ from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
 from sb3_diffusion.common.policies import Actor, DiffusionPolicy, Network
-from sb3_diffusion.common.schedules import noise_schedule_betas
 from sb3_diffusion.common.torch_layers import Mish
 from sb3_diffusion.common.utils import check_choice, make_optimizer, move_average
-from sb3_diffusion.diffsr.networks import FourierHeads, ResidualMLP, SpectralScore
+from sb3_diffusion.diffsr.networks import FourierHeads, ResidualMLP, SpectralScore, feature_noise_betas
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+IMAGE_STATE_DIM = 50
+"""Entries of the state that an image becomes: SB3's 256 would make the last layer of the second network huge."""
 LARGE_LAST_LAYER = 20_000_000
 """Weights in the last layer of the second network from which on there is a warning."""
 
@@ -136,7 +137,7 @@ class SpectralCritic(Network):
 
     The state $s$ is what the features extractor makes of an observation. What is diffused is the next state: as it stands if
     the extractor has no weights, and normalised over its entries if it is learned, so that its scale can neither vanish nor
-    grow.
+    grow. Of a stacked history, whose older part is known, only the newest observation is diffused.
 
     :param feature_dim: size of $\psi$, $d$
     :param feature_net_arch: hidden layers of $\psi$
@@ -147,8 +148,9 @@ class SpectralCritic(Network):
     :param n_frequencies: Fourier frequencies of each head
     :param trainable_frequencies: learn the frequencies
     :param time_embedding_dim: size of the embedding of the noise level
-    :param noise_schedule: ``"linear"``, ``"cosine"`` or ``"vp"``
+    :param noise_schedule: ``"vp"``, ``"linear"``, ``"cosine"`` or ``"beta_law"``
     :param n_diffusion_steps: number of noise levels
+    :param n_stack: length of the history that an observation is
     :param kwargs: arguments of [Network][sb3_diffusion.common.policies.Network]
     """
 
@@ -170,6 +172,7 @@ class SpectralCritic(Network):
         time_embedding_dim: int = 128,
         noise_schedule: str = "vp",
         n_diffusion_steps: int = 50,
+        n_stack: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -179,13 +182,14 @@ class SpectralCritic(Network):
         self.feature_dim = feature_dim
         state_dim = self.features_extractor.features_dim
         self.learns_states = any(True for _ in self.features_extractor.parameters())
+        self.diffused_dim = _newest_dim(self.observation_space, n_stack) if n_stack > 1 else state_dim
         self.psi = ResidualMLP(state_dim + self.action_dim, feature_dim, feature_net_arch, activation_fn)
         heads: tuple[Any, ...] = (feature_dim, n_frequencies, net_arch, trainable_frequencies)
         self.q_net = FourierHeads(n_critics, *heads)
         if score_net_arch is not None:
-            _warn_if_large(score_net_arch, feature_dim, state_dim)
-            score = SpectralScore(state_dim, feature_dim, score_net_arch, activation_fn, time_embedding_dim)
-            self.denoiser = DiscreteDenoiser(score, noise_schedule_betas(noise_schedule, n_diffusion_steps), "noise")
+            _warn_if_large(score_net_arch, feature_dim, self.diffused_dim)
+            score = SpectralScore(self.diffused_dim, feature_dim, score_net_arch, activation_fn, time_embedding_dim)
+            self.denoiser = DiscreteDenoiser(score, feature_noise_betas(noise_schedule, n_diffusion_steps), "noise")
             self.reward_net = FourierHeads(1, *heads)
 
     def spectral_features(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
@@ -199,9 +203,9 @@ class SpectralCritic(Network):
     def diffused(self, observations: PyTorchObs) -> th.Tensor:
         """
         :param observations: batch of observations
-        :return: their states as they are diffused, shape ``(batch_size, state_dim)``
+        :return: their states as they are diffused, shape ``(batch_size, diffused_dim)``
         """
-        states = self.features(observations)
+        states = self.features(observations)[:, -self.diffused_dim :]
         return F.layer_norm(states, states.shape[-1:]) if self.learns_states and states.shape[-1] > 1 else states
 
     def forward(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
@@ -215,6 +219,17 @@ class SpectralCritic(Network):
     def feature_parameters(self) -> list[nn.Parameter]:
         """:return: all parameters but those of the action values"""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("q_net.")]
+
+
+def _newest_dim(observation_space: spaces.Space, n_stack: int) -> int:
+    """Size of the newest of ``n_stack`` observations, which SB3's ``VecFrameStack`` puts last in a vector."""
+    size = observation_space.shape[0] if isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 1 else 0
+    if size == 0 or size % n_stack:
+        raise ValueError(
+            f"`n_stack` must divide the size of the observation, a vector as VecFrameStack makes it of vectors: got {n_stack} "
+            f"and {observation_space}. Leave it at 1 for other observations."
+        )
+    return size // n_stack
 
 
 def _warn_if_large(score_net_arch: Sequence[int], feature_dim: int, state_dim: int) -> None:
@@ -258,8 +273,9 @@ class DiffSRPolicy(DiffusionPolicy):
     :param score_net_width: width of the second network of the features
     :param n_frequencies: Fourier frequencies of each head
     :param trainable_frequencies: learn the frequencies
-    :param noise_schedule: ``"linear"``, ``"cosine"`` or ``"vp"``
+    :param noise_schedule: ``"vp"``, ``"linear"``, ``"cosine"`` or ``"beta_law"``
     :param n_diffusion_steps: number of noise levels
+    :param n_stack: length of the history that an observation is; the newest of the next one is diffused
     :param initial_ent_coef: where a learned temperature starts; None if it is not learned
     :param with_covariance: keep the covariance of the features, for the exploration bonus
     :param normalize_observations: normalise vector observations by statistics of the data
@@ -294,6 +310,7 @@ class DiffSRPolicy(DiffusionPolicy):
         trainable_frequencies: bool = True,
         noise_schedule: str = "vp",
         n_diffusion_steps: int = 50,
+        n_stack: int = 1,
         initial_ent_coef: float | None = None,
         with_covariance: bool = False,
         normalize_observations: bool = False,
@@ -329,6 +346,7 @@ class DiffSRPolicy(DiffusionPolicy):
             trainable_frequencies=trainable_frequencies,
             noise_schedule=noise_schedule,
             n_diffusion_steps=n_diffusion_steps,
+            n_stack=n_stack,
             initial_ent_coef=initial_ent_coef,
             with_covariance=with_covariance,
             normalize_observations=normalize_observations,
@@ -359,6 +377,7 @@ class DiffSRPolicy(DiffusionPolicy):
             time_embedding_dim=time_embedding_dim,
             noise_schedule=noise_schedule,
             n_diffusion_steps=n_diffusion_steps,
+            n_stack=n_stack,
         )
         actor_arguments: dict[str, Any] = dict(network_arguments, net_arch=arch["pi"], activation_fn=activation_fn)
         if actor_type == "td3":
@@ -378,9 +397,13 @@ class DiffSRPolicy(DiffusionPolicy):
 
         learning_rate = lr_schedule(1.0)
         self.actor.optimizer = self.make_optimizer(self.actor, learning_rate)
-        self.critic.optimizer = self.make_optimizer(self.critic.q_net, critic_learning_rate or learning_rate)
+        critic_rate = learning_rate if critic_learning_rate is None else critic_learning_rate
+        self.critic.optimizer = self.make_optimizer(self.critic.q_net, critic_rate)
         self.critic.feature_optimizer = make_optimizer(
-            optimizer_class, self.critic.feature_parameters(), feature_learning_rate or learning_rate, self.optimizer_kwargs
+            optimizer_class,
+            self.critic.feature_parameters(),
+            learning_rate if feature_learning_rate is None else feature_learning_rate,
+            self.optimizer_kwargs,
         )
         self.log_ent_coef: nn.Parameter | None = None
         if initial_ent_coef is not None:
@@ -426,19 +449,21 @@ class CnnPolicy(DiffSRPolicy):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", NatureCNN)
-        if kwargs["features_extractor_class"] is NatureCNN:
-            given = kwargs.get("features_extractor_kwargs") or {}
-            kwargs["features_extractor_kwargs"] = {"features_dim": 50, **given}
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **_with_small_states(kwargs, NatureCNN, "features_dim"))
 
 
 class MultiInputPolicy(DiffSRPolicy):
     """
     [DiffSRPolicy][sb3_diffusion.diffsr.policies.DiffSRPolicy] on ``Dict`` observations, through SB3's
-    ``CombinedExtractor``.
+    ``CombinedExtractor``, with 50 outputs for each image.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", CombinedExtractor)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **_with_small_states(kwargs, CombinedExtractor, "cnn_output_dim"))
+
+
+def _with_small_states(kwargs: dict[str, Any], extractor: type[BaseFeaturesExtractor], size: str) -> dict[str, Any]:
+    """Policy arguments whose ``extractor``, unless they name another, makes ``IMAGE_STATE_DIM`` numbers of an image."""
+    if kwargs.setdefault("features_extractor_class", extractor) is extractor:
+        kwargs["features_extractor_kwargs"] = {size: IMAGE_STATE_DIM, **(kwargs.get("features_extractor_kwargs") or {})}
+    return kwargs
