@@ -550,7 +550,7 @@ def test_another_policy_is_measured() -> None:
     np.testing.assert_allclose(values, model.value(model.dataset.observations[::20], np.array([-1.0]), n_samples=8), rtol=1e-4)
     estimate = model.estimate_value(8)
     np.testing.assert_array_equal(estimate.values, values)
-    assert estimate.low < estimate.mean == pytest.approx(values.mean(), rel=1e-6) < estimate.high
+    assert estimate.mean == pytest.approx(values.mean(), rel=1e-6) and estimate.low < estimate.mean < estimate.high
     seen = len(policy.seen)
     model.set_measured_policy("data")
     model.learn(1)

@@ -343,8 +343,24 @@ class MeasureAlgorithm(OfflineAlgorithm):
             ) from error
         return tensors, self._scaled(actions), vectorized
 
+    def _steps_left(self, horizon: int | None, n: int) -> th.Tensor | None:
+        """:return: ``horizon`` for each of ``n`` rows, shape ``(n, 1)``"""
+        if horizon is None:
+            return None
+        if self.horizon is None:
+            raise ValueError(f"`horizon` is for models that are built with one: got {horizon}.")
+        check_range("horizon", horizon, 1, self.horizon)
+        return th.full((n, 1), horizon, device=self.device)
+
     @th.no_grad()
-    def sample_future(self, observations: Any, actions: Any, n_samples: int = 64, seed: int | None = None) -> Any:
+    def sample_future(
+        self,
+        observations: Any,
+        actions: Any,
+        n_samples: int = 64,
+        seed: int | None = None,
+        horizon: int | None = None,
+    ) -> Any:
         r"""
         Draw states of the future from the measure, each a state $k \ge 1$ steps on, $k$ geometric (with ``horizon`` uniform).
 
@@ -355,14 +371,16 @@ class MeasureAlgorithm(OfflineAlgorithm):
         :param actions: the actions taken there, in env units, or one for all
         :param n_samples: states per observation
         :param seed: of the random numbers of this call; None goes on with the model's own
+        :param horizon: number of states that are left, at most the model's own, which None takes; for a model with one
         :return: shape ``(batch_size, n_samples, *obs_shape)``, a dict of such arrays for ``Dict`` observations; without the
             axis of the batch for a single observation
         """
         check_range("n_samples", n_samples, 1)
         tensors, scaled, vectorized = self._to_tensors(observations, actions)
+        steps = self._steps_left(horizon, len(scaled))
         generator = self.acting_generator if seed is None else th.Generator().manual_seed(seed)
         noise = th.randn(len(scaled), n_samples, self.measure.coder.dim, generator=generator).to(self.device)
-        states = self.measure.coder.decode(self.policy.futures(tensors, scaled, noise))
+        states = self.measure.coder.decode(self.policy.futures(tensors, scaled, noise, steps))
 
         def rows(values: th.Tensor) -> np.ndarray:
             array = values.reshape(len(scaled), n_samples, *values.shape[1:]).cpu().numpy()
@@ -372,7 +390,12 @@ class MeasureAlgorithm(OfflineAlgorithm):
 
     @th.no_grad()
     def value(
-        self, observations: Any, actions: Any, reward_fn: RewardFunction | None = None, n_samples: int = 256
+        self,
+        observations: Any,
+        actions: Any,
+        reward_fn: RewardFunction | None = None,
+        n_samples: int = 256,
+        horizon: int | None = None,
     ) -> np.ndarray:
         r"""
         Values of actions, $\frac{1}{1 - \gamma} E_d[R]$ (with ``horizon`` $n E_{d_n}[R]$), or with learned rewards
@@ -384,12 +407,14 @@ class MeasureAlgorithm(OfflineAlgorithm):
         :param actions: the actions taken there, in env units, or one for all
         :param reward_fn: rewards of reached states as in `set_reward_fn`; None for the model's
         :param n_samples: futures per observation
+        :param horizon: number of states that are left, as in `sample_future`
         :return: shape ``(batch_size,)``; a single number for a single observation
         """
         check_range("n_samples", n_samples, 1)
         tensors, scaled, vectorized = self._to_tensors(observations, actions)
         reward_fn = self.reward_fn if reward_fn is None else reward_fn
-        values = self.policy.values(tensors, scaled, self.policy.shared_noise(n_samples), reward_fn).cpu().numpy()
+        noise, steps = self.policy.shared_noise(n_samples), self._steps_left(horizon, len(scaled))
+        values = self.policy.values(tensors, scaled, noise, reward_fn, steps).cpu().numpy()
         return values if vectorized else values[0]
 
     @th.no_grad()

@@ -196,7 +196,7 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
         self.actor = GaussianActor(**network_arguments, net_arch=pi, fixed_std=EXPLORATION_STD if self.has_critic else None)
         if self.has_critic:
             self.actor_target = deepcopy(self.actor).requires_grad_(False)
-            self.critic = QCritic(**network_arguments, net_arch=qf, activation_fn=activation_fn, layer_norm=True)
+            self.critic = QCritic(**network_arguments, net_arch=qf, layer_norm=True)
             self.critic_target = deepcopy(self.critic).requires_grad_(False)
             self.state_model = StateModel(self.measure, qf, activation_fn)
         self.reward_model = RewardModel(coder.state_dim, self.actor.action_dim, qf, activation_fn)
@@ -258,7 +258,7 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
         learned ones; over $n$ states $n E_{d_n}[R]$ and $r(s, a) + n E_{d_n}[\bar r]$.
 
         :param learned: whether rewards are the learned ones
-        :param steps: number of future states, for the finite-horizon form, shape ``(n, 1)``; None for ``horizon``
+        :param steps: number of future states, for the finite-horizon form, any shape; None for ``horizon``
         :return: the weights
         """
         if self.horizon is None:
@@ -270,21 +270,29 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
         n = self.horizon if steps is None else steps.float()
         return Mixture(1.0 / (n + 1.0), n / (n + 1.0), n + 1.0) if learned else Mixture(0.0, 1.0, n)
 
-    def futures(self, observations: PyTorchObs, actions: th.Tensor, noise: th.Tensor) -> th.Tensor:
+    def futures(
+        self, observations: PyTorchObs, actions: th.Tensor, noise: th.Tensor, steps: th.Tensor | None = None
+    ) -> th.Tensor:
         """
         Draw futures of each row.
 
         :param observations: batch of observations
         :param actions: in [-1, 1], shape ``(batch_size, action_dim)``
         :param noise: standard normal, shape ``(batch_size, n_samples, dim)``, or ``(1, n_samples, dim)`` shared by all rows
+        :param steps: number of future states, for the finite-horizon form, shape ``(batch_size, 1)``; None for ``horizon``
         :return: coded states, shape ``(batch_size * n_samples, dim)``, those of a row side by side
         """
         target, n_samples = self.measure.target, noise.shape[1]
-        condition = target.condition(observations, actions).repeat_interleave(n_samples, dim=0)
+        condition = target.condition(observations, actions, steps).repeat_interleave(n_samples, dim=0)
         return target(condition, noise.expand(len(actions), -1, -1).reshape(len(condition), -1))
 
     def values(
-        self, observations: PyTorchObs, actions: th.Tensor, noise: th.Tensor, reward_fn: RewardFunction | None
+        self,
+        observations: PyTorchObs,
+        actions: th.Tensor,
+        noise: th.Tensor,
+        reward_fn: RewardFunction | None,
+        steps: th.Tensor | None = None,
     ) -> th.Tensor:
         """
         Values of actions as means over futures.
@@ -293,10 +301,11 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
         :param actions: in [-1, 1], shape ``(batch_size, action_dim)``
         :param noise: standard normal, shape ``(1, n_samples, dim)``: all rows share it, so that actions are compared fairly
         :param reward_fn: rewards of states; None for the learned ones
+        :param steps: number of future states, for the finite-horizon form, shape ``(batch_size, 1)``; None for ``horizon``
         :return: shape ``(batch_size,)``
         """
-        mixture = self.mixture(learned=reward_fn is None)
-        x = self.futures(observations, actions, noise)
+        mixture = self.mixture(reward_fn is None, None if steps is None else steps.squeeze(1))
+        x = self.futures(observations, actions, noise, steps)
         mean = self.state_rewards(x, reward_fn).reshape(len(actions), -1).mean(dim=1)
         first: th.Tensor | float = 0.0
         if reward_fn is None:
