@@ -136,6 +136,21 @@ def contours(ax: Any, points: np.ndarray, color: str) -> None:
     ax.contourf(middles, middles, density.T / density.max(), levels=[0.03, 0.1, 0.25, 0.5, 0.75, 1.0], cmap=color, alpha=0.85)
 
 
+def drawn_steps(dataset: OfflineDataset, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """
+    :param dataset: logged rides
+    :param seed: of the choice
+    :return: logged pairs of a state and an action, two for each of ``N_DRAWN`` regions, with actions as different as there
+    """
+    states, rng = dataset.observations, np.random.default_rng(seed)
+    rows = []
+    for index in rng.integers(len(states), size=N_DRAWN):
+        near = np.argsort(np.square((states - states[index]) / states.std(axis=0)).sum(axis=1))[: 2 * N_NEIGHBOURS]
+        along = dataset.actions[near].sum(axis=1)
+        rows += [(states[k], dataset.actions[k]) for k in (near[along.argmin()], near[along.argmax()])]
+    return rows
+
+
 def draw(models: dict[float, BellmanDiffusion], dataset: OfflineDataset, maze: Any, seed: int, path: Path) -> list[float]:
     """
     Draw measures beside Monte Carlo: a row per start and action, a pair of columns per discount.
@@ -150,18 +165,11 @@ def draw(models: dict[float, BellmanDiffusion], dataset: OfflineDataset, maze: A
     from bellman_checks import sliced_distance
     from matplotlib.figure import Figure
 
-    rng = np.random.default_rng(seed)
-    starts = dataset.observations[rng.integers(len(dataset.observations), size=N_DRAWN)].copy()
-    starts[:, 2:] = 0.0
-    directions = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    rows = []
-    for start in starts:  # the two directions in which there is most way
-        tried = [np.ptp(logged_futures(dataset, start, d, max(models), seed), axis=0).sum() for d in directions]
-        rows += [(start, directions[k]) for k in np.argsort(tried)[-2:]]
+    rows = drawn_steps(dataset, seed)
     figure = Figure(figsize=(2.3 * 2 * len(models), 2.3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 2 * len(models), squeeze=False)
     distances: list[list[float]] = [[] for _ in models]
-    for axes_row, (start, action) in zip(axes, rows, strict=True):
+    for row, (axes_row, (start, action)) in enumerate(zip(axes, rows, strict=True)):
         for k, (gamma, model) in enumerate(models.items()):
             found = model.sample_future(start, action.astype(np.float32), N_SAMPLES, seed=seed)[:, :2]
             real = logged_futures(dataset, start, action, gamma, seed)
@@ -170,11 +178,11 @@ def draw(models: dict[float, BellmanDiffusion], dataset: OfflineDataset, maze: A
                 (axes_row[2 * k], found, "Blues", f"measure, gamma {gamma}"),
                 (axes_row[2 * k + 1], real, "Oranges", f"logged futures, gamma {gamma}"),
             ):
-                contours(ax, points, color)
                 draw_walls(ax, maze)
+                contours(ax, points, color)
                 ax.plot(*start[:2], "o", color="black", markersize=4)
                 ax.arrow(*start[:2], *(0.5 * action), width=0.04, color="black", length_includes_head=True)
-                if axes_row is axes[0]:
+                if row == 0:
                     ax.set_title(label, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -283,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pictures=[
             (
                 picture,
-                f"Where an action (arrow) leads from a position at rest (dot): samples of the measure, and futures of the "
+                f"Where an action (arrow) leads from a position (dot): samples of the measure, and futures of the "
                 f"{N_NEIGHBOURS} nearest logged steps.",
             )
         ],
