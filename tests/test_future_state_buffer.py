@@ -165,7 +165,7 @@ def test_fields_shapes_and_types():
     assert FutureStateSamples._fields[: len(ReplayBufferSamples._fields)] == ReplayBufferSamples._fields
     shapes = {name: tuple(value.shape) for name, value in samples._asdict().items() if value is not None}
     states = dict.fromkeys(("observations", "next_observations", "future_observations"), (5, 3))
-    numbers = "dones rewards offsets steps_remaining has_next_actions absorbed unknown".split()
+    numbers = "dones rewards offsets steps_remaining has_next_actions absorbed unknown step_rewards".split()
     assert shapes == {**states, "actions": (5, 2), "next_actions": (5, 2), **dict.fromkeys(numbers, (5, 1))}
     both = concat_samples(samples, buffer.sample(2))
     assert both.offsets.shape == (7, 1) and both.offsets.dtype == th.int64 and both.discounts is None
