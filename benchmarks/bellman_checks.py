@@ -509,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "*value*: relative error of values for three rewards that came after training (being at a state), or a quadratic "
             "one; *rank correlation* over states and actions, the worst reward. Rows with a horizon are means over numbers "
             f"of remaining states. Bounds: {', '.join(f'{key} {bound}' for key, bound in BOUNDS.items())} (linear Gaussian: "
-            "value 0.05), ranks 0.95 (chain). Two exact samples of this size have an energy distance of about 0.003.\n\n"
+            "value 0.05), ranks 0.95 (chain).\n\n"
             f"A point in a square is steered by {N_CANDIDATES} candidates of {N_FUTURES} futures to three goals, after one "
             f"training: {won} more "
             f"return than behaviour cloning (mean [{100 * low:.0f}, {100 * high:.0f}] %), "
