@@ -257,4 +257,22 @@ VARIANTS = [  # further settings of the algorithms for the tests of the life cyc
         normalize_observations=False,
         policy_kwargs=dict(net_arch=dict(pi=[16], qf=[16, 8])),
     ),
+    AlgoSpec(
+        BellmanDiffusion,
+        name="BellmanDiffusion-rebrac",
+        lacks=WITHOUT_IN_BELLMAN_DIFFUSION,
+        agent="rebrac",
+        measure_penalty="states",
+        measured_policy="actor",
+        n_diffusion_steps=3,
+        policy_kwargs=dict(net_arch=[16]),
+    ),
+    AlgoSpec(
+        BellmanDiffusion,
+        name="BellmanDiffusion-n-steps",
+        lacks=WITHOUT_IN_BELLMAN_DIFFUSION,
+        n_steps=3,
+        n_diffusion_steps=3,
+        policy_kwargs=dict(net_arch=[16], layer_norm=False),
+    ),
 ]

@@ -11,12 +11,13 @@ from conftest import image_env
 from envs import POINT_ENV, RandomEnv
 from exact_denoisers import exact_chain
 from gymnasium import spaces
+from scipy.stats import spearmanr
 from stable_baselines3.common.buffers import ReplayBuffer
 from torch import nn
 
 from sb3_diffusion import BellmanDiffusion, FutureStateReplayBuffer, OfflineDataset
-from sb3_diffusion.bellman_diffusion.bellman_diffusion import Chain
-from sb3_diffusion.bellman_diffusion.policies import StateCoder
+from sb3_diffusion.bellman_diffusion.measure import Chain
+from sb3_diffusion.bellman_diffusion.networks import StateCoder
 from sb3_diffusion.buffers import FutureStateSamples
 from sb3_diffusion.common.samplers import sample_ddim
 from sb3_diffusion.common.schedules import noise_schedule_betas
@@ -174,6 +175,7 @@ def batch_of(state: Any, action: Any, following: Any, next_action: Any, offsets:
         has_next_actions=th.ones(n, 1),
         absorbed=th.zeros(n, 1),
         unknown=th.zeros(n, 1),
+        step_rewards=th.zeros(n, 1),
     )
 
 
@@ -183,26 +185,33 @@ def largest_t_value(gradients: list[th.Tensor]) -> float:
     return float((stacked.mean(0).abs() * len(stacked) ** 0.5 / stacked.std(0).clamp(min=1e-8)).max())
 
 
-@pytest.mark.parametrize("literal", [False, True])
-def test_the_exact_measure_is_a_fixed_point(literal: bool) -> None:
+@pytest.mark.parametrize(("literal", "n_steps"), [(False, 1), (False, 2), (True, 1)])
+def test_the_exact_measure_is_a_fixed_point(literal: bool, n_steps: int) -> None:
     """At it the gradient of both losses in their shares is zero, and of each alone it is not; nor at the next pair."""
-    model, net = exact_model()
+    model, net = exact_model(n_steps=n_steps)
     measure, rng, n = exact_measure(0.8), np.random.default_rng(0), 512
     gradients: dict[str, list[th.Tensor]] = {"both": [], "next": [], "bootstrap": []}
     for _ in range(60):
         state, action = np.zeros(n, int), np.full(n, RIGHT)
         following, next_action = draw(rng, P[action, state]), rng.integers(2, size=n)
+        seen, discount = following, 0.8
+        if n_steps == 2:
+            first, discount = following, 0.64
+            following, next_action = draw(rng, P[next_action, first]), rng.integers(2, size=n)
+            seen = np.where(rng.uniform(size=n) < 0.2 / 0.36, first, following)
         future = draw(rng, measure[next_action, following])
         batch = batch_of(state, action, following, next_action, np.ones(n, int), np.ones(n, int))
+        batch = batch._replace(future_observations=th.as_tensor(STATES[seen]), discounts=th.full((n, 1), discount))
         if literal:  # as printed: the network is trained at the next observation and action
             batch = batch._replace(observations=batch.next_observations, actions=batch.next_actions)
         levels, coder, dim = model._draw_levels(n), model.measure.coder, model.measure.coder.dim
         noisy = model.measure.denoiser.corrupt(coder(th.as_tensor(STATES[future])), model._draw_normal(n, dim), levels)
         condition = model.measure.condition(batch.next_observations, batch.next_actions)
         chain = Chain(th.arange(n), condition, noisy, levels, noisy)
-        next_loss = model._next_state_loss(batch, model._draw_normal(n, dim), levels)
-        bootstrap_loss = model._bootstrap_loss(batch, chain, model._draw_normal(n, dim))
-        losses = {"next": next_loss, "bootstrap": bootstrap_loss, "both": 0.2 * next_loss + 0.8 * bootstrap_loss}
+        next_loss = model._next_state_loss(batch, model._draw_normal(n, dim), levels).mean()
+        bootstrap_loss = model._bootstrap_loss(batch, chain, model._draw_normal(n, dim)).mean()
+        both = (1.0 - discount) * next_loss + discount * bootstrap_loss
+        losses = {"next": next_loss, "bootstrap": bootstrap_loss, "both": both}
         for name, loss in losses.items():
             gradients[name] += th.autograd.grad(loss, net.offset, retain_graph=True)
     t_values = {name: largest_t_value([g[:2] for g in values]) for name, values in gradients.items()}
@@ -263,7 +272,7 @@ def test_losses_row_by_row() -> None:
         told = measure.denoiser.net(noisy, measure.condition(batch.observations[one], batch.actions[one]), level[None])
         goal = alphas[level] * noise[one] - sigmas[level] * clean
         expected.append(measure.level_weights[level] * (told - goal).square().mean())
-    th.testing.assert_close(model._next_state_loss(batch, noise, levels), th.stack(expected).mean())
+    th.testing.assert_close(model._next_state_loss(batch, noise, levels), th.stack(expected))
 
     expected = []
     for j in range(6):
@@ -279,8 +288,7 @@ def test_losses_row_by_row() -> None:
             goal = target.denoiser.net(noisy, condition_after, level[None])
         told = measure.denoiser.net(noisy, condition, level[None])
         expected.append(measure.level_weights[level] * (told - goal).square().mean())
-    loss = model._bootstrap_loss(batch, chain, noise)
-    th.testing.assert_close(loss, th.stack(expected).mean())
+    th.testing.assert_close(model._bootstrap_loss(batch, chain, noise), th.stack(expected))
     assert not any(parameter.requires_grad for parameter in target.parameters())
 
 
@@ -379,59 +387,67 @@ def chain_model() -> BellmanDiffusion:
     return make(chain_data()).learn(1_500)
 
 
+def noise_error(model: BellmanDiffusion, exact: np.ndarray, n: int = 200) -> float:
+    r"""Mean over levels with $\bar\alpha \le 0.95$ of the error of the told noise, in shares of the exact noise."""
+    target, rng, errors = model.measure.target, np.random.default_rng(0), []
+    exact_net = ExactNet(model, {0: exact})
+    state, action = np.tile(np.repeat(np.arange(N_STATES), n), 2), np.repeat([LEFT, RIGHT], n * N_STATES)
+    pair = th.as_tensor(STATES[state]), th.as_tensor(as_action(action))
+    condition = target.condition(*pair)
+    for level in target.sampling_levels[target.denoiser.alphas[target.sampling_levels] ** 2 <= 0.95].tolist():
+        levels = th.full((len(state),), level)
+        clean = model.measure.coder(th.as_tensor(STATES[draw(rng, exact[action, state])]))
+        noisy = target.denoiser.corrupt(clean, th.as_tensor(rng.normal(size=clean.shape), dtype=th.float32), levels)
+        alpha, sigma = (float(scale[0]) for scale in target.denoiser.scales(levels))
+        noise = sigma * noisy + alpha * exact_net(noisy, th.cat(pair, dim=1), levels)
+        told = (noisy - alpha * target.denoiser(noisy, levels, condition)) / sigma
+        errors.append(float((told - noise).square().sum() / noise.square().sum()))
+    return float(np.mean(errors))
+
+
+def assert_close_to(model: BellmanDiffusion, exact: np.ndarray, largest_distance: float = 0.1) -> None:
+    """Shares near the states, distance of samples from them (0.52 where the model draws one cloud), and error of the noise."""
+    for action in (RIGHT, LEFT):
+        found, distance = shares(model, STATES, STATES, 2.0 * action - 1.0)
+        assert total_variation(found, exact[action]) <= 0.06 and distance <= largest_distance
+    with th.no_grad():
+        assert noise_error(model, exact) <= 0.05
+
+
 def test_finite_chain(chain_model: BellmanDiffusion) -> None:
     exact = exact_measure(0.8)
     np.testing.assert_allclose(exact[RIGHT, 0], [0.2158, 0.2983, 0.1635, 0.1373, 0.1851], atol=1e-4)
-    for action in (RIGHT, LEFT):
-        found, _ = shares(chain_model, STATES, STATES, 2.0 * action - 1.0)
-        assert total_variation(found, exact[action]) < 0.08
+    assert_close_to(chain_model, exact, 0.25)  # small networks and few updates: the bound of 0.1 is held below
     swapped, _ = shares(chain_model, STATES, STATES, 1.0)
     assert total_variation(swapped, exact[LEFT]) > 0.09, "the comparison tells the actions apart"
 
 
 @pytest.mark.expensive
-def test_samples_of_the_next_state_lie_on_the_states() -> None:
-    """With gamma 0 the measure is the law of the next state, and networks of the default size tell the states apart."""
-    model = make(chain_data(), gamma=0.0, learning_rate=3e-4, policy_kwargs={}).learn(4_000)
-    for action in (RIGHT, LEFT):
-        found, distance = shares(model, STATES, STATES, 2.0 * action - 1.0)
-        assert total_variation(found, P[action]) < 0.06 and distance < 0.1
-
-
-@pytest.fixture(scope="module")
-def large_chain_model() -> BellmanDiffusion:
-    return make(chain_data(), learning_rate=3e-4, policy_kwargs={}).learn(4_000)
-
-
-@pytest.mark.expensive
-def test_shares_of_networks_of_the_default_size(large_chain_model: BellmanDiffusion) -> None:
-    for action in (RIGHT, LEFT):
-        found, _ = shares(large_chain_model, STATES, STATES, 2.0 * action - 1.0)
-        assert total_variation(found, exact_measure(0.8)[action]) < 0.06
-
-
-@pytest.mark.expensive
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="samples of a bootstrapped measure lie between the states")
-def test_samples_of_networks_of_the_default_size_lie_on_the_states(large_chain_model: BellmanDiffusion) -> None:
-    _, distance = shares(large_chain_model, STATES, STATES, 2.0 * RIGHT - 1.0)
-    assert distance < 0.1
+@pytest.mark.parametrize("gamma", [0.0, 0.8, 0.9])
+def test_finite_chain_by_the_defaults(gamma: float) -> None:
+    model = BellmanDiffusion("MlpPolicy", None, dataset=chain_data(), gamma=gamma, train_agent=False, seed=0, device="cpu")
+    assert_close_to(model.learn(3_000), exact_measure(gamma))
 
 
 def test_zero_shot_values_of_three_rewards(chain_model: BellmanDiffusion) -> None:
-    """One measure, no training in between: values and the ranking of actions against the exact ones."""
-    exact = exact_measure(0.8)
+    """One measure, no training in between: values and the ranking of state-action pairs against the exact ones."""
+    exact, all_values, all_expected = exact_measure(0.8), [], []
     for goal in (0, 2, 3):
 
         def reward(states: np.ndarray, goal: int = goal) -> np.ndarray:
             assert states.ndim == 2 and states.shape[1] == 2
             return np.linalg.norm(states[:, None] - STATES, axis=2).argmin(axis=1) == goal
 
-        values = np.stack([chain_model.value(STATES, np.array([a]), reward, n_samples=1024) for a in (-1.0, 1.0)])
+        values = np.stack([chain_model.value(STATES, np.array([a]), reward, n_samples=4096) for a in (-1.0, 1.0)])
         expected = exact[:, :, goal] / 0.2
-        assert np.abs(values - expected).max() < 0.35 * expected.max()
-        gap = expected[1] - expected[0]
-        clear = np.abs(gap) > 0.15 * expected.max()
-        assert clear.sum() >= 3 and np.all(np.sign(values[1] - values[0])[clear] == np.sign(gap)[clear])
+        assert np.abs(values - expected).mean() < 0.1 * expected.mean()
+        assert spearmanr(values.ravel(), expected.ravel()).statistic >= 0.9
+        all_values.append(values)
+        all_expected.append(expected)
+    values, expected = np.stack(all_values), np.stack(all_expected)
+    assert spearmanr(values.ravel(), expected.ravel()).statistic >= 0.95
+    clear = np.abs(np.diff(expected, axis=1)) > 3.0 * 2.5 / np.sqrt(4096)  # three standard errors of a mean of 0 and 5
+    assert np.mean((np.diff(values, axis=1) > 0.0)[clear] == (np.diff(expected, axis=1) > 0.0)[clear]) >= 0.95
 
 
 def ending_data(n: int = 4_000) -> OfflineDataset:
@@ -532,13 +548,19 @@ def test_another_policy_is_measured() -> None:
     values = model.start_values(8)
     assert policy.seen[3:] == [10, 80] and values.shape == (10,)
     np.testing.assert_allclose(values, model.value(model.dataset.observations[::20], np.array([-1.0]), n_samples=8), rtol=1e-4)
+    estimate = model.estimate_value(8)
+    np.testing.assert_array_equal(estimate.values, values)
+    assert estimate.mean == pytest.approx(values.mean(), rel=1e-6) and estimate.low < estimate.mean < estimate.high
+    seen = len(policy.seen)
     model.set_measured_policy("data")
     model.learn(1)
-    assert len(policy.seen) == 6
+    assert len(policy.seen) == seen
     with pytest.raises(ValueError, match="policy"):
         model.set_measured_policy("other")
     with pytest.raises(ValueError, match="Logged futures"):
         make(line_data(200), scheme="logged").set_measured_policy(policy)
+    with pytest.raises(ValueError, match="Logged futures"):
+        make(line_data(200), n_steps=2).set_measured_policy(policy)
     model.set_dataset(None)
     with pytest.raises(RuntimeError, match="set_dataset"):
         model.start_values()
@@ -664,6 +686,12 @@ def test_what_is_refused() -> None:
         (dict(gamma=1.0), "horizon"),
         (dict(horizon=0), "horizon"),
         (dict(horizon=5, scheme="stopped"), "logged"),
+        (dict(n_steps=2, scheme="logged"), "n_steps"),
+        (dict(n_steps=2, measured_policy="actor"), "n_steps"),
+        (dict(n_steps=2, agent="rebrac"), "rebrac"),
+        (dict(agent="other"), "agent"),
+        (dict(measure_penalty="other"), "measure_penalty"),
+        (dict(measure_coef=-1.0), "measure_coef"),
         (dict(scheme="logged", measured_policy="actor"), "measured_policy"),
         (dict(scheme="other"), "scheme"),
         (dict(temperature=0.0), "temperature"),
@@ -682,8 +710,121 @@ def test_what_is_refused() -> None:
 
 def test_offsets_follow_the_form() -> None:
     data = line_data(400)
-    discounted, finite = make(data), make(data, horizon=10)
-    for model, distribution in ((discounted, "geometric"), (finite, "uniform")):
+    discounted, finite, mixed = make(data), make(data, horizon=10), make(data, n_steps=3)
+    for model, distribution in ((discounted, "geometric"), (finite, "uniform"), (mixed, "n_step")):
         assert isinstance(model.dataset_buffer, FutureStateReplayBuffer)
         assert model.dataset_buffer.offset_distribution == model.replay_buffer.offset_distribution == distribution
-        assert model.dataset_buffer.gamma == 0.8
+        assert model.dataset_buffer.gamma == 0.8 and model.dataset_buffer.n_steps == model.n_steps
+
+
+# ReBRAC with a penalty on the measure ---------------------------------------------------------------------------------
+
+
+def rebrac_model(**kwargs: Any) -> BellmanDiffusion:
+    settings: dict[str, Any] = dict(agent="rebrac", train_agent=True, n_diffusion_steps=5, measured_policy="actor")
+    return make(line_data(), **{**settings, **kwargs})
+
+
+def test_critic_loss_row_by_row() -> None:
+    model = rebrac_model(critic_bc_coef=0.7, measured_policy="data")
+    policy, batch, noise = model.policy, model.sample_batch(6), 0.3 * th.randn(6, 1)
+    batch = batch._replace(
+        dones=th.tensor([[0.0], [1.0]]).repeat(3, 1), has_next_actions=th.tensor([[1.0], [1.0], [0.0]]).repeat(2, 1)
+    )
+    expected = []
+    for row in range(6):
+        one = slice(row, row + 1)
+        following, action = batch.next_observations[one], batch.actions[one]
+        proposed = (policy.actor_target.moments(following)[0] + noise[one]).clamp(-1.0, 1.0)
+        value = policy.critic_target(following, proposed).min()
+        if batch.has_next_actions[row] == 1.0:
+            value = value - 0.7 * (proposed - batch.next_actions[one]).square().sum()
+        target = batch.rewards[row] + (0.8 * value if batch.dones[row] == 0.0 else 0.0)
+        expected.append((policy.critic(batch.observations[one], action).flatten() - target).square())
+    th.testing.assert_close(model._critic_loss(batch, noise), th.stack(expected).mean())
+    model.set_reward_fn(lambda states: np.full(len(states), 2.0))
+    batch = batch._replace(dones=th.ones(6, 1))
+    q_values = policy.critic(batch.observations, batch.actions)
+    th.testing.assert_close(model._critic_loss(batch, noise), (q_values - 2.0).square().mean())
+
+
+@pytest.mark.parametrize("kind", ["futures", "states"])
+def test_the_penalty_row_by_row(kind: str) -> None:
+    """It weights its rows one by one, and reaches the actor through the action alone."""
+    model = rebrac_model(measure_penalty=kind, level_weighting="ddpm")
+    measure, batch, n = model.measure.target, model.sample_batch(6), 6
+    batch = batch._replace(absorbed=th.zeros(n, 1).index_fill(0, th.tensor([1]), 1.0), unknown=th.eye(n)[:, 2:3])
+    start, noise, levels = th.randn(n, 2), th.randn(n, 2), th.tensor([0, 1, 2, 3, 4, 2])
+    actions = model.actor.moments(batch.observations)[0]
+    expected = []
+    for row in range(n):
+        one, level = slice(row, row + 1), levels[row : row + 1]
+        condition = measure.condition(batch.observations[one], actions[one])
+        if kind == "futures":
+            x = measure.coder(batch.future_observations[one], alive=0.0 if row == 1 else 1.0)
+        else:
+            x = measure(condition, start[one]).detach()
+        noisy = measure.denoiser.corrupt(x, noise[one], level)
+        goal = measure.denoiser.target(x, noise[one], level) if kind == "futures" else model.policy.state_model(noisy, level)
+        error = (measure.denoiser.net(noisy, condition, level) - goal.detach()).square().mean()
+        expected.append(measure.level_weights[level[0]] * error * (0.0 if kind == "futures" and row == 2 else 1.0))
+    penalty = model._measure_penalty(batch, actions, start, noise, levels)
+    th.testing.assert_close(penalty, th.stack(expected))
+    ours, theirs = (th.autograd.grad(v.sum(), actions, retain_graph=True)[0] for v in (penalty, th.stack(expected)))
+    th.testing.assert_close(ours, theirs)
+    assert ours.abs().sum() > 0.0
+
+
+def test_the_penalty_leads_to_actions_that_make_the_logged_futures() -> None:
+    """With neither action values nor distances, the actor finds the logged action by where it led."""
+    rng = np.random.default_rng(0)
+    start = np.zeros((4_000, 1), np.float32)
+    actions = rng.choice([-0.6, 0.6], (4_000, 1)).astype(np.float32) + 0.05 * rng.normal(size=(4_000, 1)).astype(np.float32)
+    data = dataset(start, actions, start + actions, 1)  # one step, whose end tells the action
+    model = make(data, agent="rebrac", train_agent=True, n_diffusion_steps=5, gamma=0.5, measured_policy="actor").learn(300)
+    batch = model.sample_batch(256)
+    proposed = (batch.actions.sign() * 0.6).requires_grad_()
+    drawn = th.randn(256, 2), th.randn(256, 2), th.full((256,), 1)
+    known = batch._replace(future_observations=batch.next_observations, unknown=th.zeros(256, 1))
+    right = model._measure_penalty(known, proposed, *drawn).mean()
+    wrong = model._measure_penalty(known, -proposed, *drawn).mean()
+    assert right < 0.5 * wrong
+
+
+@pytest.mark.parametrize("kind", ["futures", "states"])
+def test_rebrac_learns_and_each_part_counts(kind: str) -> None:
+    model = rebrac_model(measure_penalty=kind, batch_size=16)
+    before = {name: [p.clone() for p in module.parameters()] for name, module in model.policy.named_children()}
+    model.learn(1)
+    changed = {
+        name: any(not th.equal(a, b) for a, b in zip(before[name], module.parameters(), strict=True))
+        for name, module in model.policy.named_children()
+    }
+    assert changed["critic"] and not changed["actor"] and not changed["critic_target"], "the actor waits for its turn"
+    assert changed["state_model"] is (kind == "states") and not changed["value"]
+    model.learn(1, reset_num_timesteps=False)
+    assert not th.equal(before["actor"][0], next(model.actor.parameters()))
+    moved, old = next(model.policy.critic_target.parameters()), before["critic_target"][0]
+    assert 0.0 < (moved - old).abs().max() < 0.02 * 2e-3 + (next(model.policy.critic.parameters()) - old).abs().max()
+
+
+def test_rebrac_goes_to_the_reward_and_survives_a_file(tmp_path: Path) -> None:
+    model = rebrac_model(learning_rate=2e-3, batch_size=128).learn(400)
+    points = np.array([[-0.4], [0.0], [0.4]], np.float32)
+    assert np.all(model.predict(points, deterministic=True)[0] > 0.3)
+    spread = np.std([model.predict(points[:1])[0] for _ in range(50)])
+    assert 0.02 < spread < 0.2, "it explores by a fixed spread"
+    model.save(tmp_path / "model")
+    loaded = BellmanDiffusion.load(tmp_path / "model", dataset=line_data(), device="cpu")
+    for each in (model, loaded):
+        each.learn(3, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model.predict(points)[0], loaded.predict(points)[0])
+
+
+@pytest.mark.parametrize("name", sorted(BellmanDiffusion.presets))
+def test_presets(name: str) -> None:
+    model = BellmanDiffusion.from_preset(name, dataset=line_data(200), device="cpu", batch_size=8)
+    model.learn(2)
+    settings = BellmanDiffusion.presets[name]
+    assert model.agent == settings.get("agent", "distilled") and model.tau == settings["tau"]
+    assert model.default_total_timesteps == settings.get("default_total_timesteps", 1_000_000)

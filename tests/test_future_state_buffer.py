@@ -40,7 +40,7 @@ from sb3_diffusion.common.serialization import (
     write_archive,
 )
 
-DISTRIBUTIONS = ["truncated_geometric", "geometric", "uniform"]
+DISTRIBUTIONS = ["truncated_geometric", "geometric", "uniform", "n_step"]
 
 
 class CopyingBuffer(Copies, FutureStateReplayBuffer):
@@ -65,6 +65,11 @@ def check(buffer: FutureStateReplayBuffer, steps: dict[int, Rest]) -> None:
     assert samples.unknown[:, 0].tolist() == [float(b and not e) for b, e in zip(beyond, ended, strict=True)]
     if buffer.offset_distribution != "geometric":
         assert not any(beyond)
+    if buffer.offset_distribution == "n_step":
+        assert max(offsets) <= buffer.n_steps
+    assert th.equal(samples.step_rewards, EpisodeReplayBuffer.gather(buffer, "rewards", index).unsqueeze(1))
+    if buffer.n_steps == 1:
+        assert th.equal(samples.step_rewards, samples.rewards)
     has_next = [n > buffer.n_steps for n in lengths]
     assert samples.has_next_actions[:, 0].tolist() == [float(has) for has in has_next]
     for row, rest in enumerate(rests):
@@ -160,7 +165,7 @@ def test_fields_shapes_and_types():
     assert FutureStateSamples._fields[: len(ReplayBufferSamples._fields)] == ReplayBufferSamples._fields
     shapes = {name: tuple(value.shape) for name, value in samples._asdict().items() if value is not None}
     states = dict.fromkeys(("observations", "next_observations", "future_observations"), (5, 3))
-    numbers = "dones rewards offsets steps_remaining has_next_actions absorbed unknown".split()
+    numbers = "dones rewards offsets steps_remaining has_next_actions absorbed unknown step_rewards".split()
     assert shapes == {**states, "actions": (5, 2), "next_actions": (5, 2), **dict.fromkeys(numbers, (5, 1))}
     both = concat_samples(samples, buffer.sample(2))
     assert both.offsets.shape == (7, 1) and both.offsets.dtype == th.int64 and both.discounts is None
@@ -169,7 +174,9 @@ def test_fields_shapes_and_types():
 # Distributions --------------------------------------------------------------------------------------------------------
 
 
-def draws(distribution: str, gamma: float, n: int, ending: int = TERMINATES, n_draws: int = 20_000) -> FutureStateSamples:
+def draws(
+    distribution: str, gamma: float, n: int, ending: int = TERMINATES, n_draws: int = 20_000, n_steps: int = 1
+) -> FutureStateSamples:
     """Samples that all start at the first step of an episode of n steps."""
     dataset, _ = make_dataset([2, n, 3], [TRUNCATES, ending, TERMINATES])
     buffer = FutureStateReplayBuffer.from_dataset(
@@ -178,6 +185,7 @@ def draws(distribution: str, gamma: float, n: int, ending: int = TERMINATES, n_d
         ACT,
         device="cpu",
         gamma=gamma,
+        n_steps=n_steps,
         offset_distribution=distribution,
         generator=th.Generator().manual_seed(n),
     )
@@ -207,6 +215,16 @@ def test_law_of_the_offsets(gamma, n):
     if gamma < 1:
         offsets = draws("geometric", gamma, n).offsets
         assert_distributed(offsets, (1 - gamma) * gamma ** (np.arange(1, 31) - 1))
+
+
+@pytest.mark.parametrize("n, n_steps", [(2, 5), (7, 3), (7, 1)])
+def test_law_of_n_steps(n, n_steps):
+    """Geometric up to the state that is bootstrapped from; with the weights of both parts, the discounted measure."""
+    samples, gamma, length = draws("n_step", 0.8, n, n_steps=n_steps), 0.8, min(n, n_steps)
+    assert_distributed(samples.offsets, (1 - gamma) * gamma ** np.arange(length) / (1 - gamma**length))
+    assert th.equal(samples.future_observations[:, 2:] - samples.observations[:, 2:], samples.offsets.float())
+    if n_steps > 1:
+        th.testing.assert_close(samples.discounts, th.full_like(samples.discounts, gamma**length))
 
 
 def test_law_with_a_discount_close_to_one():

@@ -1,57 +1,36 @@
 """Bellman diffusion."""
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, PolicyPredictor, PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
+from sb3_diffusion.bellman_diffusion.measure import Chain, MeasureAlgorithm
+from sb3_diffusion.bellman_diffusion.networks import fit_scale
 from sb3_diffusion.bellman_diffusion.policies import (
     BellmanDiffusionPolicy,
     CnnPolicy,
-    GaussianActor,
-    MeasureNetwork,
     MlpPolicy,
     MultiInputPolicy,
     RewardFunction,
-    as_arrays,
     call_reward_fn,
-    fit_scale,
 )
+from sb3_diffusion.bellman_diffusion.presets import PRESETS
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
-from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.policies import take_rows
 from sb3_diffusion.common.schedules import log_logistic_sigmas
-from sb3_diffusion.common.utils import check_choice, check_range, minimize, warmed_up_decay
-from sb3_diffusion.datasets import OfflineDataset
+from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
 
 MIN_ADVANTAGE_SCALE = 1e-3
-"""Smallest number that advantages are divided by."""
+"""Smallest number that advantages, or action values, are divided by."""
 
 
-class Chain(NamedTuple):
-    """
-    Futures of next observations, drawn from the target.
-
-    :ivar rows: of the batch, one per chain, shape ``(n_chains,)``
-    :ivar condition: of the target, one per chain, shape ``(n_chains, condition_dim)``
-    :ivar noisy: states at some levels of each chain, shape ``(n_levels * n_chains, dim)``
-    :ivar levels: these levels, shape ``(n_levels * n_chains,)``
-    :ivar clean: where the chains end, shape ``(n_chains, dim)``
-    """
-
-    rows: th.Tensor
-    condition: th.Tensor
-    noisy: th.Tensor
-    levels: th.Tensor
-    clean: th.Tensor
-
-
-class BellmanDiffusion(OfflineAlgorithm):
+class BellmanDiffusion(MeasureAlgorithm):
     r"""
     Bellman diffusion: the successor measure of a policy as a diffusion model, which values any reward after training.
 
@@ -77,12 +56,17 @@ class BellmanDiffusion(OfflineAlgorithm):
       code have no episode ends.
     * The network tells $v$ on a cosine schedule, and the chain is run by DDIM. The code has ten steps and follows their means
       alone, which gives a conditional mean rather than a sample.
+    * The network has layer normalisation. Without it the losses hardly see states that are narrow beside the spread of all
+      states, and the bootstrap keeps the blur that the network starts with.
+    * ``n_steps`` takes the first states from the log, as n-step targets do (arXiv 2402.08530).
     * The target's average follows by ``tau=0.05`` (code: 0.005 every second step): a bootstrapped measure settles no faster
       than its target.
-    * The agent is ours; version 1 has none. A value is distilled from single futures of the chains that the measure's loss
-      runs anyway, and an actor from it by advantage-weighted regression (arXiv 1910.00177). Candidates of a diffusion
-      model of the data's actions, ranked by the measure itself, act for any reward at once.
-    * The penalty on a ReBRAC critic of the paper's version 2 is not there.
+    * The distilled agent is ours; version 1 has none. A value is distilled from single futures of the chains that the
+      measure's loss runs anyway, and an actor from it by advantage-weighted regression (arXiv 1910.00177). Candidates of a
+      diffusion model of the data's actions, ranked by the measure itself, act for any reward at once.
+    * ``agent="rebrac"`` is that of the paper's version 2, ReBRAC (arXiv 2305.09836) with a penalty on the measure, in both
+      forms that the authors' code has. Errors are weighted row by row; shapes in the code average the weights away. Where that
+      code draws 16 futures per row, one is drawn here.
 
     :param policy: ``"MlpPolicy"``, ``"MultiInputPolicy"`` or a policy class
     :param env: Gymnasium env, VecEnv, id or None; with None it comes from the dataset
@@ -98,6 +82,7 @@ class BellmanDiffusion(OfflineAlgorithm):
     :param replay_buffer_class: class of the replay buffer of online transitions, a ``FutureStateReplayBuffer``
     :param replay_buffer_kwargs: its further arguments
     :param optimize_memory_usage: must be False
+    :param n_steps: states of the log before the measure is bootstrapped, above 1 for ``measured_policy="data"`` alone
     :param dataset: logged data, see [load_dataset][sb3_diffusion.load_dataset]
     :param offline_fraction: share of each batch that comes from the dataset while fine-tuning, in [0, 1]
     :param n_pretrain_steps: gradient steps in which the actor imitates the data before it follows the value, offline
@@ -121,6 +106,17 @@ class BellmanDiffusion(OfflineAlgorithm):
     :param n_action_samples: 1 acts with the distilled actor; above, the best of so many candidates under the measure
     :param n_future_samples: futures per candidate
     :param train_agent: learn behaviour, value and actor; False learns the measure and the rewards alone
+    :param agent: ``"distilled"``, an actor by weighted regression on values of the measure, or ``"rebrac"``, an actor with
+        critics of its own that the measure holds to the data's futures
+    :param actor_bc_coef: ReBRAC's weight of the actor's distance from the data, the penalty on the measure included
+    :param critic_bc_coef: ReBRAC's weight of the next action's distance from the data
+    :param measure_coef: weight of the penalty on the measure beside the distance of actions
+    :param measure_penalty: ``"futures"`` holds logged futures likely under the measure at the actor's action; ``"states"``
+        holds that measure near the law of all states in the data
+    :param critic_tau: Polyak coefficient of ReBRAC's targets
+    :param policy_delay: updates of ReBRAC's critics for each one of its actor
+    :param target_policy_noise: standard deviation of the noise on ReBRAC's next actions
+    :param target_noise_clip: its bound
     :param temperature: of the weights of the actor's regression, relative to the spread of advantages
     :param max_weight: largest weight of the actor's regression
     :param max_grad_norm: largest norm of the gradient of each network; None for no bound
@@ -141,11 +137,8 @@ class BellmanDiffusion(OfflineAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    buffer_class: ClassVar[type[EpisodeReplayBuffer]] = FutureStateReplayBuffer
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     default_total_timesteps = 1_000_000
-    policy: BellmanDiffusionPolicy
-    actor: GaussianActor
-    measure: MeasureNetwork  # f_theta; its average is f_theta-bar
 
     def __init__(
         self,
@@ -163,6 +156,7 @@ class BellmanDiffusion(OfflineAlgorithm):
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
+        n_steps: int = 1,
         *,
         dataset: Any = None,
         offline_fraction: float = 0.5,
@@ -182,6 +176,15 @@ class BellmanDiffusion(OfflineAlgorithm):
         n_action_samples: int = 1,
         n_future_samples: int = 32,
         train_agent: bool = True,
+        agent: str = "distilled",
+        actor_bc_coef: float = 0.01,
+        critic_bc_coef: float = 0.01,
+        measure_coef: float = 0.1,
+        measure_penalty: str = "futures",
+        critic_tau: float = 0.005,
+        policy_delay: int = 2,
+        target_policy_noise: float = 0.2,
+        target_noise_clip: float = 0.5,
         temperature: float = 0.3,
         max_weight: float = 100.0,
         max_grad_norm: float | None = None,
@@ -194,29 +197,28 @@ class BellmanDiffusion(OfflineAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        if scheme is None:
-            scheme = "stopped" if horizon is None else "logged"
-        check_choice("measured_policy", measured_policy, ("data", "actor"))
-        check_choice("scheme", scheme, ("stopped", "renoised", "logged"))
-        check_range("n_chain_levels", n_chain_levels, 1)
         check_range("n_diffusion_steps", n_diffusion_steps, 1)
         check_range("n_action_samples", n_action_samples, 1)
         check_range("n_future_samples", n_future_samples, 1)
-        if not 0.0 <= gamma < 1.0:
+        check_choice("agent", agent, ("distilled", "rebrac"))
+        check_choice("measure_penalty", measure_penalty, ("futures", "states"))
+        check_range("policy_delay", policy_delay, 1)
+        for name, value in (
+            ("actor_bc_coef", actor_bc_coef),
+            ("critic_bc_coef", critic_bc_coef),
+            ("measure_coef", measure_coef),
+            ("target_policy_noise", target_policy_noise),
+            ("target_noise_clip", target_noise_clip),
+        ):
+            check_range(name, value, 0.0)
+        check_range("critic_tau", critic_tau, 0.0, 1.0)
+        if agent == "rebrac" and (horizon is not None or n_steps > 1):
             raise ValueError(
-                f"`gamma` must lie in [0, 1): got {gamma}; for sums without discount set `horizon` to a number of steps."
+                f'`agent="rebrac"` learns discounted values from single steps: got horizon={horizon}, n_steps={n_steps}; '
+                'leave them at None and 1, or set `agent="distilled"`.'
             )
-        if horizon is not None and horizon < 1:
-            raise ValueError(f"`horizon` must be at least 1, or None for the discounted measure: got {horizon}.")
-        if horizon is not None and scheme != "logged":
-            raise ValueError(f'A finite `horizon` learns from logged futures: set `scheme="logged"` or None, got {scheme!r}.')
-        if scheme == "logged" and measured_policy != "data":
-            raise ValueError(
-                f'Logged futures are those of the policy that made the data: set `measured_policy="data"`, or another '
-                f"`scheme` for {measured_policy!r}."
-            )
-        for name, value in (("temperature", temperature), ("max_weight", max_weight), ("max_grad_norm", max_grad_norm)):
-            if value is not None and not value > 0.0:
+        for name, value in (("temperature", temperature), ("max_weight", max_weight)):
+            if not value > 0.0:
                 raise ValueError(f"`{name}` must be positive: got {value}.")
         if replay_buffer_class is not None and not issubclass(replay_buffer_class, FutureStateReplayBuffer):
             raise ValueError(
@@ -238,6 +240,13 @@ class BellmanDiffusion(OfflineAlgorithm):
             replay_buffer_class,
             replay_buffer_kwargs,
             optimize_memory_usage,
+            n_steps,
+            horizon=horizon,
+            measured_policy=measured_policy,
+            scheme=scheme,
+            n_chain_levels=n_chain_levels,
+            reward_fn=reward_fn,
+            max_grad_norm=max_grad_norm,
             dataset=dataset,
             offline_fraction=offline_fraction,
             n_pretrain_steps=n_pretrain_steps,
@@ -249,10 +258,6 @@ class BellmanDiffusion(OfflineAlgorithm):
             seed=seed,
             device=device,
         )
-        self.horizon = horizon
-        self.measured_policy = measured_policy
-        self.scheme = scheme
-        self.n_chain_levels = n_chain_levels
         self.n_diffusion_steps = n_diffusion_steps
         self.noise_schedule = noise_schedule
         self.prediction_type = prediction_type
@@ -260,13 +265,20 @@ class BellmanDiffusion(OfflineAlgorithm):
         self.n_sampling_steps = n_sampling_steps
         self.level_weighting = level_weighting
         self.alive_flag = alive_flag
-        self.reward_fn = reward_fn
         self.n_action_samples = n_action_samples
         self.n_future_samples = n_future_samples
         self.train_agent = train_agent
+        self.agent = agent
+        self.actor_bc_coef = actor_bc_coef
+        self.critic_bc_coef = critic_bc_coef
+        self.measure_coef = measure_coef
+        self.measure_penalty = measure_penalty
+        self.critic_tau = critic_tau
+        self.policy_delay = policy_delay
+        self.target_policy_noise = target_policy_noise
+        self.target_noise_clip = target_noise_clip
         self.temperature = temperature
         self.max_weight = max_weight
-        self.max_grad_norm = max_grad_norm
         if _init_setup_model:
             self._setup_model()
 
@@ -281,6 +293,7 @@ class BellmanDiffusion(OfflineAlgorithm):
             n_sampling_steps=self.n_sampling_steps,
             level_weighting=self.level_weighting,
             alive_flag=self.alive_flag,
+            agent=self.agent,
             horizon=self.horizon,
             gamma=self.gamma,
             rewards_of=self.measured_policy,
@@ -289,14 +302,6 @@ class BellmanDiffusion(OfflineAlgorithm):
             n_future_samples=self.n_future_samples,
             normalize_observations=self.normalize_observations,
         )
-
-    def _create_aliases(self) -> None:
-        self.actor = self.policy.actor
-        self.measure = self.policy.measure
-
-    def _buffer_arguments(self) -> dict[str, Any]:
-        distribution = "geometric" if self.horizon is None else "uniform"
-        return dict(gamma=self.gamma, generator=self.generator, offset_distribution=distribution)
 
     def set_reward_fn(self, reward_fn: RewardFunction | None, n_action_samples: int = 32) -> None:
         """
@@ -333,48 +338,10 @@ class BellmanDiffusion(OfflineAlgorithm):
         self.n_action_samples = self.policy.n_action_samples = n_action_samples
         self.n_future_samples = self.policy.n_future_samples = n_future_samples
 
-    def set_measured_policy(self, policy: str | PolicyPredictor) -> None:
-        """
-        Choose whose futures are learned from now on; rewards of future states are then those of its actions.
-
-        :param policy: ``"data"``, ``"actor"``, or anything with SB3's ``predict``: a policy to evaluate from logged data. Its
-            actions are drawn with ``deterministic=False``; it is no part of a saved model, give it again after loading
-        :raises ValueError: for another policy than that of the data if the model learns from logged futures
-        """
-        if self.scheme == "logged" and policy != "data":
-            raise ValueError(
-                'Logged futures are those of the policy that made the data: build the model with `scheme="stopped"`.'
-            )
-        if isinstance(policy, str):
-            check_choice("policy", policy, ("data", "actor"))
-            self.measured_policy = self.policy.rewards_of = policy
-            self.policy.measured_actions = None
-        else:
-            self.policy.measured_actions = lambda observations: self._predicted_actions(policy, observations)
-
-    def _predicted_actions(self, policy: PolicyPredictor, observations: PyTorchObs) -> th.Tensor:
-        """Actions of a policy of SB3 in [-1, 1], shape ``(batch_size, action_dim)``."""
-        actions, _ = policy.predict(as_arrays(observations))
-        return self._scaled(actions)
-
-    def _scaled(self, actions: np.ndarray) -> th.Tensor:
-        scaled = self.policy.scale_action(actions).reshape(len(actions), -1)
-        return th.as_tensor(scaled, dtype=th.float32, device=self.device)
-
     # ---------------------------------------------------------------- data
 
-    def _fit_statistics(self, data: OfflineDataset) -> None:
-        super()._fit_statistics(data)
-        assert self.dataset_buffer is not None
-        self._fit_to_buffer(self.dataset_buffer)
-
     def _fit_to_buffer(self, buffer: EpisodeReplayBuffer) -> None:
-        """Take the frozen statistics of modelled states and rewards from all stored steps."""
-        index = th.arange(buffer.size() * buffer.n_envs, device=buffer.device)
-        rewards = buffer.gather("rewards", index, self._vec_normalize_env)
-        assert isinstance(rewards, th.Tensor)
-        self.policy.fit_states(buffer.gather("next_observations", index, self._vec_normalize_env))
-        fit_scale(self.policy.reward_model, rewards)
+        super()._fit_to_buffer(buffer)
         self._fit_value_scale(buffer)
 
     def _fit_value_scale(self, buffer: EpisodeReplayBuffer) -> None:
@@ -386,15 +353,6 @@ class BellmanDiffusion(OfflineAlgorithm):
         else:
             rewards = call_reward_fn(self.reward_fn, buffer.gather("next_observations", index, self._vec_normalize_env))
         fit_scale(self.policy.value, rewards)
-
-    def sample_batch(self, batch_size: int) -> FutureStateSamples:  # type: ignore[override]
-        """
-        Transitions to learn from: of the dataset, of the replay buffer, or of both, depending on the phase.
-
-        :param batch_size: number of transitions
-        :return: transitions, each with a state of its future
-        """
-        return self._draw_batch(batch_size)  # type: ignore[return-value]
 
     # ---------------------------------------------------------------- learning
 
@@ -424,135 +382,18 @@ class BellmanDiffusion(OfflineAlgorithm):
             self._minimize("reward_model", self._reward_loss(batch))
             if self.train_agent:
                 self._minimize("behavior", self._behavior_loss(batch))
-                self._minimize("value", self._value_loss(batch, rows, means))
-                self._minimize("actor", self._actor_loss(batch))
+                if self.agent == "rebrac":
+                    self._train_rebrac(batch)
+                else:
+                    self._minimize("value", self._value_loss(batch, rows, means))
+                    self._minimize("actor", self._actor_loss(batch))
             self.measure.update_average(warmed_up_decay(1.0 - self.tau, self._n_updates + 1))
             if self.pretraining:
                 self._count_pretraining_step()
             self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _minimize(self, name: str, loss: th.Tensor) -> None:
-        optimizer = self.policy.trained_networks[name].optimizer
-        self._add_loss(f"{name}_loss", minimize(optimizer, loss, self.max_grad_norm))
-
-    def _draw_normal(self, *shape: int) -> th.Tensor:
-        return th.randn(shape, generator=self.generator, device=self.device)
-
-    def _draw_levels(self, *shape: int) -> th.Tensor:
-        """Sampling levels with equal probability: the same law in both losses, or their shares would not be kept."""
-        levels = self.measure.sampling_levels
-        return levels[th.randint(len(levels), shape, generator=self.generator, device=self.device)]
-
-    def _next_actions(self, batch: FutureStateSamples) -> th.Tensor:
-        """$a'$: the measured policy's; of the data the logged action, or the actor's where the log has none."""
-        if self.policy.measured_actions is not None:
-            return self.policy.measured_actions(batch.next_observations)
-        latents = self._draw_normal(len(batch.actions), *self.actor.latent_shape)
-        with th.no_grad():
-            acted = self.actor(batch.next_observations, latents)
-        if self.measured_policy == "actor":
-            return acted
-        return th.where(batch.has_next_actions > 0.0, batch.next_actions, acted)
-
-    # ---------------------------------------------------------------- the measure, from the target's chain
-
-    @th.no_grad()
-    def _draw_chain(self, batch: FutureStateSamples) -> Chain:
-        r"""Draw futures of some $(s', a')$ from the target, and their noisy states $y$ at ``n_chain_levels`` levels each."""
-        target, n_levels = self.measure.target, self.n_chain_levels
-        n_chains = max(1, len(batch.actions) // n_levels)
-        rows = th.randperm(len(batch.actions), generator=self.generator, device=self.device)[:n_chains]
-        next_observations = take_rows(batch.next_observations, rows)
-        condition = target.condition(next_observations, self._next_actions(batch)[rows])
-        path, clean = target.run(condition, self._draw_normal(n_chains, target.coder.dim))
-        stops = th.randint(len(path), (n_levels, n_chains), generator=self.generator, device=self.device)
-        levels = target.sampling_levels[stops].flatten()
-        if self.scheme == "stopped":
-            noisy = path[stops, th.arange(n_chains, device=self.device)].flatten(0, 1)
-        else:
-            repeated = clean.repeat(n_levels, 1)
-            noisy = target.denoiser.corrupt(repeated, self._draw_normal(*repeated.shape), levels)
-        return Chain(rows, condition, noisy, levels, clean)
-
-    def _measure_loss(self, batch: FutureStateSamples, chain: Chain) -> th.Tensor:
-        r"""$(1 - \gamma) L_1 + \gamma L_2$: both branches of the Bellman equation in their shares (arXiv 2407.12163v1)."""
-        n, dim = len(batch.actions), self.measure.coder.dim
-        next_loss = self._next_state_loss(batch, self._draw_normal(n, dim), self._draw_levels(n))
-        bootstrap_loss = self._bootstrap_loss(batch, chain, self._draw_normal(*chain.noisy.shape))
-        return (1.0 - self.gamma) * next_loss + self.gamma * bootstrap_loss
-
-    def _next_state_loss(self, batch: FutureStateSamples, noise: th.Tensor, levels: th.Tensor) -> th.Tensor:
-        r"""$L_1 = E[\eta_i \|\epsilon - f_\theta(\sqrt{\bar\alpha_i} s' + \sqrt{1 - \bar\alpha_i} \epsilon, s, a, i)\|^2]$."""
-        measure = self.measure
-        condition = measure.condition(batch.observations, batch.actions)
-        errors = measure.denoiser.loss(measure.coder(batch.next_observations), noise, levels, condition)
-        return (measure.level_weights[levels] * errors.mean(dim=1)).mean()
-
-    def _bootstrap_loss(self, batch: FutureStateSamples, chain: Chain, noise: th.Tensor) -> th.Tensor:
-        r"""
-        $L_2 = E[\eta_i \|f_{\bar\theta}(y, s', a', i) - f_\theta(y, s, a, i)\|^2]$ with $y$ of the same $(s', a')$; where the
-        episode ended, $L_1$ towards its last state, no longer alive.
-        """
-        measure, target, n_levels = self.measure, self.measure.target, self.n_chain_levels
-        observations = take_rows(batch.observations, chain.rows)
-        condition = measure.condition(observations, batch.actions[chain.rows]).repeat(n_levels, 1)
-        with th.no_grad():
-            absorbed = measure.coder(take_rows(batch.next_observations, chain.rows), alive=0.0).repeat(n_levels, 1)
-            ended = batch.dones[chain.rows].repeat(n_levels, 1) > 0.0
-            noisy = th.where(ended, target.denoiser.corrupt(absorbed, noise, chain.levels), chain.noisy)
-            told = target.denoiser.net(noisy, chain.condition.repeat(n_levels, 1), chain.levels)
-            goals = th.where(ended, target.denoiser.target(absorbed, noise, chain.levels), told)
-        errors = (measure.denoiser.net(noisy, condition, chain.levels) - goals).square()
-        return (measure.level_weights[chain.levels] * errors.mean(dim=1)).mean()
-
-    # ---------------------------------------------------------------- the measure, from logged futures
-
-    @th.no_grad()
-    def _logged_futures(self, batch: FutureStateSamples) -> th.Tensor:
-        r"""
-        The coded states $s_{t+k}$ of the log. Beyond a truncated end, which only happens with geometric offsets, they are
-        drawn from the target at the last state, as these offsets have no memory.
-        """
-        target = self.measure.target
-        futures = target.coder(batch.future_observations, alive=1.0 - batch.absorbed)
-        if self.horizon is not None:
-            return futures
-        actions = self.actor(batch.future_observations, self._draw_normal(len(futures), *self.actor.latent_shape))
-        condition = target.condition(batch.future_observations, actions)
-        return th.where(batch.unknown > 0.0, target(condition, self._draw_normal(*futures.shape)), futures)
-
-    def _logged_loss(self, batch: FutureStateSamples, futures: th.Tensor) -> th.Tensor:
-        """Algorithm 1 of arXiv 2407.12163v1, with noise and levels drawn here."""
-        return self._offset_loss(batch, futures, self._draw_normal(*futures.shape), self._draw_levels(len(futures)))
-
-    def _offset_loss(self, batch: FutureStateSamples, futures: th.Tensor, noise: th.Tensor, levels: th.Tensor) -> th.Tensor:
-        r"""
-        At the noised future $x_i$ of offset $k$: $\eta_i \|\epsilon - f_\theta(x_i, s, a, i, n)\|^2$ for $k = 1$, and
-        $\eta_i \|f_{\bar\theta}(x_i, s', a', i, n - 1) - f_\theta(x_i, s, a, i, n)\|^2$ above. The branches get their
-        shares from the law of the offsets.
-        """
-        measure, target, steps = self.measure, self.measure.target, batch.steps_remaining
-        condition = measure.condition(batch.observations, batch.actions, steps)
-        with th.no_grad():
-            noisy = measure.denoiser.corrupt(futures, noise, levels)
-            next_condition = target.condition(batch.next_observations, self._next_actions(batch), steps - 1)
-            told = target.denoiser.net(noisy, next_condition, levels)
-            direct = (batch.offsets == 1) | (batch.dones > 0.0)
-            goals = th.where(direct, target.denoiser.target(futures, noise, levels), told)
-        errors = (measure.denoiser.net(noisy, condition, levels) - goals).square()
-        return (measure.level_weights[levels] * errors.mean(dim=1)).mean()
-
-    # ---------------------------------------------------------------- rewards and the agent
-
-    def _reward_loss(self, batch: FutureStateSamples) -> th.Tensor:
-        r"""$E[(\hat r(s, a) - r)^2] + E[(\bar r(s) - r)^2]$, and $\bar r = 0$ in terminal states, in units of their spread."""
-        model, coder = self.policy.reward_model, self.measure.coder
-        states = coder.standardized(coder(batch.observations))
-        terminal = coder.standardized(coder(batch.next_observations))
-        of_action = (model.of_action(states, batch.actions) - batch.rewards).square()
-        of_state = (model(states) - batch.rewards).square() + batch.dones * model(terminal).square()
-        return (of_action + of_state).mean() / model.std.square()
+    # ---------------------------------------------------------------- the distilled agent
 
     def _behavior_loss(self, batch: FutureStateSamples) -> th.Tensor:
         r"""$E[w(\sigma) \|D(a + \sigma \epsilon, \sigma | s) - a\|^2]$ (arXiv 2206.00364, eq. 2)."""
@@ -567,13 +408,14 @@ class BellmanDiffusion(OfflineAlgorithm):
         chain.
         """
         policy, rows = self.policy, chain.rows
-        going_on = 1.0 - batch.dones[rows]
-        next_states = self.measure.coder(take_rows(batch.next_observations, rows))
-        next_rewards = policy.state_rewards(next_states, self.reward_fn)
+        discounts = self._discounts(batch)[rows].unsqueeze(1)
+        ended = batch.dones[rows]
+        at_end = ended if self.n_steps == 1 else ended * (batch.offsets == batch.steps_remaining)[rows]
+        seen_rewards = policy.state_rewards(self.measure.coder(take_rows(self._seen_states(batch), rows)), self.reward_fn)
         if self.reward_fn is None:  # no action is taken in a terminal state
-            next_rewards = going_on * next_rewards
-        later_rewards = going_on * policy.state_rewards(chain.clean, self.reward_fn)
-        return (1.0 - self.gamma) * next_rewards + self.gamma * later_rewards
+            seen_rewards = (1.0 - at_end) * seen_rewards
+        later_rewards = (1.0 - ended) * policy.state_rewards(chain.clean, self.reward_fn)
+        return (1.0 - discounts) * seen_rewards + discounts * later_rewards
 
     @th.no_grad()
     def _logged_means(self, futures: th.Tensor) -> th.Tensor:
@@ -590,7 +432,7 @@ class BellmanDiffusion(OfflineAlgorithm):
         """
         value = self.policy.value
         mixture = self.policy.mixture(self.reward_fn is None, batch.steps_remaining[rows])
-        targets = (mixture.first * batch.rewards[rows] + mixture.rest * means - value.mean) / value.std
+        targets = (mixture.first * batch.step_rewards[rows] + mixture.rest * means - value.mean) / value.std
         q, v = value(take_rows(batch.observations, rows), batch.actions[rows])
         return ((q - targets).square() + (v - targets).square()).mean()
 
@@ -610,110 +452,90 @@ class BellmanDiffusion(OfflineAlgorithm):
             weights = (advantages / (self.temperature * scale)).exp().clamp(max=self.max_weight)
         return (weights / weights.mean() * nll).mean()
 
-    # ---------------------------------------------------------------- using the measure
+    # ---------------------------------------------------------------- the agent of version 2
 
-    def _to_tensors(self, observations: Any, actions: Any) -> tuple[PyTorchObs, th.Tensor, bool]:
-        """Observations and actions in [-1, 1] as batches, and whether they came as such."""
-        self.policy.set_training_mode(False)
-        tensors, vectorized = self.policy.obs_to_tensor(observations)
-        n, shape = len(next(iter(tensors.values())) if isinstance(tensors, dict) else tensors), self.action_space.shape
-        assert shape is not None
-        actions = np.asarray(actions)
-        try:
-            actions = np.broadcast_to(actions, (n, *shape))
-        except ValueError as error:
-            raise ValueError(
-                f"There must be one action of shape {shape} per observation, or one for all: got {actions.shape} for {n} "
-                "observation(s)."
-            ) from error
-        return tensors, self._scaled(actions), vectorized
+    def _train_rebrac(self, batch: FutureStateSamples) -> None:
+        """One update of the critics, and after every ``policy_delay`` of them one of the actor and of all targets."""
+        n, dim = len(batch.actions), self.measure.coder.dim
+        noise = (self.target_policy_noise * self._draw_normal(*batch.actions.shape)).clamp(
+            -self.target_noise_clip, self.target_noise_clip
+        )
+        self._minimize("critic", self._critic_loss(batch, noise))
+        if self.measure_penalty == "states":
+            self._minimize("state_model", self._state_model_loss(batch, self._draw_normal(n, dim), self._draw_levels(n)))
+        if (self._n_updates + 1) % self.policy_delay == 0:
+            drawn = self._draw_normal(n, dim), self._draw_normal(n, dim), self._draw_levels(n)
+            self._minimize("actor", self._rebrac_actor_loss(batch, *drawn))
+            self.policy.update_targets(self.critic_tau)
 
-    @th.no_grad()
-    def sample_future(self, observations: Any, actions: Any, n_samples: int = 64, seed: int | None = None) -> Any:
+    def _critic_loss(self, batch: FutureStateSamples, noise: th.Tensor) -> th.Tensor:
         r"""
-        Draw states of the future from the measure, each a state $k \ge 1$ steps on, $k$ geometric (with ``horizon`` uniform).
-
-        After a termination that is the last state. With a ``VecNormalize`` that normalises observations, states are in its
-        units, as all that the model is given.
-
-        :param observations: one observation or a batch of them
-        :param actions: the actions taken there, in env units, or one for all
-        :param n_samples: states per observation
-        :param seed: of the random numbers of this call; None goes on with the model's own
-        :return: shape ``(batch_size, n_samples, *obs_shape)``, a dict of such arrays for ``Dict`` observations; without the
-            axis of the batch for a single observation
+        $E[(Q_j(s, a) - r - \gamma (\min_j \bar Q_j(s', \tilde a) - \beta_2 \|\tilde a - a'\|^2))^2]$ with
+        $\tilde a = \bar\pi(s') + \epsilon$ and the logged $a'$ (arXiv 2305.09836); without the distance
+        where the log has no $a'$.
         """
-        check_range("n_samples", n_samples, 1)
-        tensors, scaled, vectorized = self._to_tensors(observations, actions)
-        generator = self.acting_generator if seed is None else th.Generator().manual_seed(seed)
-        noise = th.randn(len(scaled), n_samples, self.measure.coder.dim, generator=generator).to(self.device)
-        states = self.measure.coder.decode(self.policy.futures(tensors, scaled, noise))
+        policy = self.policy
+        with th.no_grad():
+            rewards = batch.rewards
+            if self.reward_fn is not None:
+                rewards = policy.state_rewards(self.measure.coder(batch.next_observations), self.reward_fn)
+            mean, _ = policy.actor_target.moments(batch.next_observations)
+            actions = (mean + noise).clamp(-1.0, 1.0)
+            distances = (actions - batch.next_actions).square().sum(dim=1, keepdim=True) * batch.has_next_actions
+            values = policy.critic_target(batch.next_observations, actions).amin(dim=0) - self.critic_bc_coef * distances
+            targets = rewards + self.gamma * (1.0 - batch.dones) * values
+        return (policy.critic(batch.observations, batch.actions) - targets).square().mean()
 
-        def rows(values: th.Tensor) -> np.ndarray:
-            array = values.reshape(len(scaled), n_samples, *values.shape[1:]).cpu().numpy()
-            return array if vectorized else array[0]
-
-        return {key: rows(values) for key, values in states.items()} if isinstance(states, dict) else rows(states)
-
-    @th.no_grad()
-    def value(
-        self, observations: Any, actions: Any, reward_fn: RewardFunction | None = None, n_samples: int = 256
-    ) -> np.ndarray:
+    def _rebrac_actor_loss(
+        self, batch: FutureStateSamples, start: th.Tensor, noise: th.Tensor, levels: th.Tensor
+    ) -> th.Tensor:
         r"""
-        Values of actions, $\frac{1}{1 - \gamma} E_d[R]$ (with ``horizon`` $n E_{d_n}[R]$), or with learned rewards
-        $r(s, a) + \frac{\gamma}{1 - \gamma} E_d[\bar r]$. States after a termination earn nothing.
-
-        All rows and calls draw futures from the same noises: values of several actions differ by the actions alone.
-
-        :param observations: one observation or a batch of them
-        :param actions: the actions taken there, in env units, or one for all
-        :param reward_fn: rewards of reached states as in `set_reward_fn`; None for the model's
-        :param n_samples: futures per observation
-        :return: shape ``(batch_size,)``; a single number for a single observation
+        $E[-Q(s, \pi(s))] / E|Q| + \beta_1 E[\|\pi(s) - a\|^2 + \rho\, p]$ with the penalty $p$ on the measure (the authors'
+        code of version 2); while pretraining the distance alone.
         """
-        check_range("n_samples", n_samples, 1)
-        tensors, scaled, vectorized = self._to_tensors(observations, actions)
-        reward_fn = self.reward_fn if reward_fn is None else reward_fn
-        values = self.policy.values(tensors, scaled, self.policy.shared_noise(n_samples), reward_fn).cpu().numpy()
-        return values if vectorized else values[0]
+        actions, _ = self.actor.moments(batch.observations)
+        distances = (actions - batch.actions).square().sum(dim=1)
+        if self.pretraining:
+            return distances.mean()
+        q_values = self.policy.critic(batch.observations, actions).amin(dim=0)
+        scale = q_values.detach().abs().mean().clamp(min=MIN_ADVANTAGE_SCALE)
+        penalty = self._measure_penalty(batch, actions, start, noise, levels)
+        return -q_values.mean() / scale + self.actor_bc_coef * (distances + self.measure_coef * penalty).mean()
 
-    @th.no_grad()
-    def start_values(self, n_samples: int = 256) -> np.ndarray:
+    def _measure_penalty(
+        self, batch: FutureStateSamples, actions: th.Tensor, start: th.Tensor, noise: th.Tensor, levels: th.Tensor
+    ) -> th.Tensor:
+        r"""
+        $\eta_i \|g(x_i, i) - f_{\bar\theta}(x_i, s, \pi(s), i)\|^2$ of each row, with a gradient through $\pi(s)$ alone.
+        ``"futures"``: $x$ is a logged future of $s$ and $g$ tells its noise, so that the penalty is small where the measure at
+        $\pi(s)$ holds the future likely; 0 where the future lies beyond the log. ``"states"``: $x$ is drawn from the
+        measure at $\pi(s)$, and $g$ is a model of all states in the data.
+
+        :param start: noise that $x$ is drawn from, shape ``(batch_size, dim)``
+        :param noise: noise on $x$, same shape
+        :param levels: of that noise, shape ``(batch_size,)``
         """
-        Values of the measured policy where the logged episodes start: an estimate of its return without acting.
+        target = self.measure.target
+        condition = target.condition(batch.observations, actions)
+        with th.no_grad():
+            known: th.Tensor | float = 1.0
+            if self.measure_penalty == "futures":
+                x = target.coder(batch.future_observations, alive=1.0 - batch.absorbed)
+                known = 1.0 - batch.unknown.squeeze(1)
+            else:
+                x = target(condition, start)
+            noisy = target.denoiser.corrupt(x, noise, levels)
+            if self.measure_penalty == "futures":
+                goals = target.denoiser.target(x, noise, levels)
+            else:
+                goals = self.policy.state_model(noisy, levels)
+        errors = (target.denoiser.net(noisy, condition, levels) - goals).square()
+        return known * target.level_weights[levels] * errors.mean(dim=1)
 
-        Their mean and [bootstrap_interval][sb3_diffusion.evaluation.bootstrap_interval] tell how the value varies with the
-        start; errors of the measure and of the learned rewards come on top.
-
-        ```python
-        model.set_measured_policy(SAC.load("candidate"))
-        model.learn(50_000)
-        values = model.start_values()
-        low, high = bootstrap_interval(values, statistic="mean")
-        ```
-
-        :param n_samples: futures per start
-        :return: shape ``(n_episodes,)``
-        :raises RuntimeError: without a dataset
-        """
-        if self.dataset is None or self.dataset_buffer is None:
-            raise RuntimeError("Values at the starts of episodes need logged data: call `set_dataset()` first.")
-        self.policy.set_training_mode(False)
-        buffer, index = self.dataset_buffer, th.as_tensor(self.dataset.episode_starts, device=self.device)
-        observations = buffer.gather("observations", index, self._vec_normalize_env)
-        actions = buffer.gather("actions", index)
-        assert isinstance(actions, th.Tensor)
-        if self.policy.measured_actions is not None:
-            actions = self.policy.measured_actions(observations)
-        elif self.measured_policy == "actor":
-            actions = self.actor.act(observations, self.actor.latents(len(actions), deterministic=True))
-        noise = self.policy.shared_noise(n_samples)
-        return self.policy.values(observations, actions, noise, self.reward_fn).cpu().numpy()
-
-    # ---------------------------------------------------------------- files
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "measure"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", *[f"policy.{name}.optimizer" for name in self.policy.trained_networks]], []
+    def _state_model_loss(self, batch: FutureStateSamples, noise: th.Tensor, levels: th.Tensor) -> th.Tensor:
+        r"""$E[\eta_i \|\epsilon - g(x_i, i)\|^2]$ with noise on all states $s'$ of the data."""
+        measure = self.measure
+        states = measure.coder(batch.next_observations)
+        told = self.policy.state_model(measure.denoiser.corrupt(states, noise, levels), levels)
+        errors = (told - measure.denoiser.target(states, noise, levels)).square()
+        return (measure.level_weights[levels] * errors.mean(dim=1)).mean()

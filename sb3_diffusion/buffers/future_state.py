@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_diffusion.buffers.samples import FutureStateSamples, Observations
 from sb3_diffusion.buffers.storage import EpisodeReplayBuffer
 
-OFFSET_DISTRIBUTIONS = ("truncated_geometric", "geometric", "uniform")
+OFFSET_DISTRIBUTIONS = ("truncated_geometric", "geometric", "uniform", "n_step")
 
 
 class FutureStateReplayBuffer(EpisodeReplayBuffer):
@@ -30,6 +30,7 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
     | `"truncated_geometric"` | $(1-\gamma)\,\gamma^{k-1} / (1-\gamma^n)$, for $\gamma = 1$: $1/n$ | $1 \le k \le n$ |
     | `"geometric"` | $(1-\gamma)\,\gamma^{k-1}$ | $k \ge 1$ |
     | `"uniform"` | $1/n$ | $1 \le k \le n$ |
+    | `"n_step"` | $(1-\gamma)\,\gamma^{k-1} / (1-\gamma^l)$ | $1 \le k \le l = \min(m, n)$, $m$ = ``n_steps`` |
 
     The first is what drawing a geometric offset anew until it lies inside of the episode gives. Within an episode,
     ``future_observations`` is $s_{t+k}$. Only with `"geometric"` can $k$ be above $n$; it is then $s_T$, and
@@ -47,7 +48,8 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
 
     With ``n_steps`` $= m$ above 1, SB3's fields are those of the n-step transition, ``next_actions`` belong to its
     ``next_observations``, and offsets still count single steps from $s_t$: up to ``offsets == m`` the future state comes
-    no later than ``next_observations``.
+    no later than ``next_observations``, and `"n_step"` draws no others: with weight $1-\gamma^l$ for these and $\gamma^l$ for
+    what follows ``next_observations`` they make up the discounted measure.
 
     It also works as ``replay_buffer_class`` of SB3's algorithms: its samples begin with SB3's fields, in SB3's order.
 
@@ -136,6 +138,8 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
         :return: offsets $k \ge 1$, int64 of the same shape, on ``device``; the distribution is in the class docstring
         """
         n_future = self.steps_remaining(flat_index) + 1
+        if self.offset_distribution == "n_step":
+            n_future = n_future.clamp(max=self.n_steps)
         uniform = th.rand(n_future.shape, generator=self.generator, device=self.generator.device, dtype=th.float64).to(
             self.device
         )
@@ -198,7 +202,18 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
             has_next_actions=has_next_actions,
             absorbed=(beyond * terminated).unsqueeze(1),
             unknown=(beyond * (1 - terminated)).unsqueeze(1),
+            step_rewards=self._step_rewards(index, env),
         )
+
+    def _step_rewards(self, index: th.Tensor, env: VecNormalize | None) -> th.Tensor:
+        """
+        :param index: flat indices, ``(batch_size,)``
+        :param env: normalizes if given
+        :return: rewards of single steps, ``(batch_size, 1)``
+        """
+        rewards = self.gather("rewards", index, env)
+        assert isinstance(rewards, th.Tensor)
+        return rewards.unsqueeze(1)
 
     def _next_actions(self, index: th.Tensor, left: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """

@@ -57,6 +57,7 @@ class FutureStateSamples(NamedTuple):
         known to be ``s_T``, no longer alive
     :ivar unknown: ``(n, 1)``, 1 where ``k`` is above ``steps_remaining`` and the episode was truncated or still runs: the
         future state is not known, only that it follows ``s_T``
+    :ivar step_rewards: the reward of the first step alone, ``(n, 1)``; equal to ``rewards`` unless ``n_steps`` is above 1
     """
 
     observations: Observations
@@ -72,6 +73,7 @@ class FutureStateSamples(NamedTuple):
     has_next_actions: th.Tensor
     absorbed: th.Tensor
     unknown: th.Tensor
+    step_rewards: th.Tensor
 
 
 def concat_samples(first: SamplesT, second: SamplesT) -> SamplesT:

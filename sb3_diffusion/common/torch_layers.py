@@ -97,6 +97,7 @@ class ConditionalMLP(nn.Module):
     :param activation_fn: activation after each hidden layer
     :param time_embedding_dim: size of the embedding of the noise level
     :param linear_first_layer: no activation after the first hidden layer
+    :param layer_norm: layer normalisation before each activation
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class ConditionalMLP(nn.Module):
         activation_fn: type[nn.Module] = Mish,
         time_embedding_dim: int = 16,
         linear_first_layer: bool = False,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         self.time_embedding = nn.Sequential(
@@ -120,6 +122,7 @@ class ConditionalMLP(nn.Module):
         for i, width in enumerate(net_arch):
             layers.append(nn.Linear(size, width))
             if i > 0 or not linear_first_layer:
+                layers += [nn.LayerNorm(width)] if layer_norm else []
                 layers.append(activation_fn())
             size = width
         self.trunk = nn.Sequential(*layers, nn.Linear(size, dim))

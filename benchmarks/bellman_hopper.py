@@ -1,0 +1,289 @@
+"""
+BellmanDiffusion on Hopper data of middling quality: values against Monte Carlo, agents against behaviour cloning, and cost.
+
+    python benchmarks/bellman_hopper.py
+    python benchmarks/bellman_hopper.py --cost      # the table of costs alone
+
+Training goes on where it was stopped; rows that were measured are kept in ``benchmarks/work``.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from harness import RESULTS, WORK, describe, run, write_json, write_table
+from scipy.stats import bootstrap, spearmanr
+from update_cost import measure
+
+from sb3_diffusion import BellmanDiffusion, OfflineDataset, load_dataset
+from sb3_diffusion.evaluation import bootstrap_interval, evaluate
+
+DATA, ENV_ID = "bench/hopper/medium-v0", "Hopper-v5"
+HELD_OUT = 0.1
+"""Share of the episodes, the last ones, that values are compared on and that nothing is trained on."""
+MONTE_CARLO_STEPS = 500
+"""Least length of a return that a truncation cuts: what is missing has weight 0.007 at a discount of 0.99."""
+SCHEMES: dict[str, dict[str, Any]] = {
+    "stopped": {},
+    "renoised": dict(scheme="renoised"),
+    "logged": dict(scheme="logged"),
+    "5 steps of the log": dict(n_steps=5),
+    "ReBRAC, penalty on futures": dict(agent="rebrac"),
+    "ReBRAC, penalty on states": dict(agent="rebrac", measure_penalty="states"),
+    "measure alone": dict(train_agent=False),
+}
+
+
+class Cloning:
+    """
+    Behaviour cloning by diffusion: single candidates of a model, whatever their value.
+
+    :param model: trained model
+    """
+
+    def __init__(self, model: BellmanDiffusion) -> None:
+        self.policy = model.policy
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]:
+        """As SB3's."""
+        observations, _ = self.policy.obs_to_tensor(observation)
+        latents = self.policy.actor.latents(len(observation), deterministic)
+        with th.no_grad():
+            actions = self.policy.candidates(observations, latents)
+        return self.policy.unscale_action(actions.cpu().numpy()), state
+
+
+def split(dataset: OfflineDataset) -> tuple[OfflineDataset, OfflineDataset]:
+    """
+    :param dataset: of whole episodes
+    :return: what is trained on, and what is held out
+    """
+    cut = int(dataset.episode_ends[round((1.0 - HELD_OUT) * dataset.n_episodes) - 1]) + 1
+
+    def part(rows: slice) -> OfflineDataset:
+        names = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
+        return OfflineDataset(
+            *(getattr(dataset, name)[rows] for name in names),
+            observation_space=dataset.observation_space,
+            action_space=dataset.action_space,
+            env_spec=dataset.env_spec,
+            ref_min_score=dataset.ref_min_score,
+            ref_max_score=dataset.ref_max_score,
+            name=dataset.name,
+        )
+
+    return part(slice(0, cut)), part(slice(cut, len(dataset)))
+
+
+def monte_carlo(dataset: OfflineDataset, gamma: float) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param dataset: logged episodes
+    :param gamma: discount
+    :return: discounted sum of the rewards from each step on, and which of them are whole, or cut so late that it hardly counts
+    """
+    returns, ends, total = np.zeros(len(dataset)), dataset.terminations | dataset.truncations, 0.0
+    for t in range(len(dataset) - 1, -1, -1):
+        total = dataset.rewards[t] + (0.0 if ends[t] else gamma * total)
+        returns[t] = total
+    end = dataset.episode_ends[np.searchsorted(dataset.episode_ends, np.arange(len(dataset)))]
+    whole = dataset.terminations[end] | (end - np.arange(len(dataset)) >= MONTE_CARLO_STEPS)
+    return returns, whole
+
+
+def values_against_returns(model: BellmanDiffusion, held_out: OfflineDataset, n: int, n_samples: int) -> dict[str, float]:
+    """
+    :param model: trained model
+    :param held_out: logged episodes that it has not seen
+    :param n: steps to compare on
+    :param n_samples: futures of each
+    :return: errors and rank correlations of the measure's and the distilled values
+    """
+    returns, whole = monte_carlo(held_out, model.gamma)
+    chosen = np.random.default_rng(0).choice(np.flatnonzero(whole), n, replace=False)
+    observations, actions, exact = held_out.observations[chosen], held_out.actions[chosen], returns[chosen]
+    parts = [slice(i, i + 100) for i in range(0, n, 100)]
+    values = np.concatenate([model.value(observations[rows], actions[rows], n_samples=n_samples) for rows in parts])
+    with th.no_grad():
+        network = model.policy.value
+        scaled = th.as_tensor(model.policy.scale_action(actions), dtype=th.float32)
+        q, _ = network(th.as_tensor(observations, dtype=th.float32), scaled)
+        distilled = ((network.mean + network.std * q) / (1.0 - model.gamma)).squeeze(1).numpy()
+    return {
+        "variance of returns": float(exact.var()),
+        "measure, MSE": float(np.square(values - exact).mean()),
+        "measure, mean error": float((values - exact).mean()),
+        "measure, rank correlation": float(spearmanr(values, exact).statistic),
+        "distilled, MSE": float(np.square(distilled - exact).mean()),
+        "distilled, mean error": float((distilled - exact).mean()),
+        "distilled, rank correlation": float(spearmanr(distilled, exact).statistic),
+    }
+
+
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """
+    :param file: where the result is kept
+    :param make: makes it, if it is not there
+    :return: the result
+    """
+    if not file.is_file():
+        write_json(file, make())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def cost(dataset: OfflineDataset, options: argparse.Namespace) -> None:
+    """
+    Write the table of costs.
+
+    :param dataset: to learn from
+    :param options: of the command line
+    """
+    arguments: dict[str, Any] = dict(policy="MlpPolicy", env=None, dataset=dataset, seed=0, device="cpu")
+    models = {
+        name: BellmanDiffusion(**arguments, **settings).learn(2, log_interval=None) for name, settings in SCHEMES.items()
+    }
+    one, many, model = dataset.observations[0], dataset.observations[:64], models["stopped"]
+
+    def act(n_candidates: int, n_futures: int, observations: np.ndarray) -> Callable[[], object]:
+        def part() -> object:
+            model.set_acting(n_candidates, n_futures)
+            return model.predict(observations)
+
+        return part
+
+    parts: dict[str, Callable[[], object]] = {
+        f"update: {name}": (lambda each=each: each.train(1, 256))  # type: ignore[misc]
+        for name, each in models.items()
+    }
+    parts |= {
+        "action, distilled actor, 1 observation": act(1, 32, one),
+        "action, distilled actor, 64 observations": act(1, 32, many),
+        "action, 16 candidates of 16 futures, 1 observation": act(16, 16, one),
+        "action, 32 candidates of 32 futures, 1 observation": act(32, 32, one),
+        "action, 32 candidates of 64 futures, 1 observation": act(32, 64, one),
+    }
+    milliseconds = measure(parts, options.repetitions)
+    rows: list[list[str | float | int | None]] = [
+        [name, round(value, 3), round(1e3 / value, 1)] for name, value in milliseconds.items()
+    ]
+    for row in rows:
+        print(*row, sep="\t", flush=True)
+    write_table(
+        RESULTS / "bellman_cost.json",
+        "BellmanDiffusion: cost of updates and actions",
+        ["what", "milliseconds (median)", "per second"],
+        rows,
+        text=(
+            f"{dataset.name}, networks of the default size, batch 256, chain of {model.n_diffusion_steps} steps, "
+            f"{th.get_num_threads()} thread; medians of {options.repetitions} interleaved repetitions. Updates train "
+            "everything that the setting has: measure, rewards, behaviour, value, actor."
+        ),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Train what is not trained, measure what is not measured, then write the tables.
+
+    :param arguments: of the command line; None for the process's
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=50_000)
+    parser.add_argument("--evaluations", type=int, default=5, help="on the way, with the distilled actor")
+    parser.add_argument("--episodes", type=int, default=30, help="of each row, distilled actor and cloning")
+    parser.add_argument("--candidate-episodes", type=int, default=5, help="of the row with candidates, which are slow")
+    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--futures", type=int, default=16)
+    parser.add_argument("--compared", type=int, default=1_000, help="values that are compared with returns")
+    parser.add_argument("--repetitions", type=int, default=30, help="of each cost")
+    parser.add_argument("--gamma", type=float, default=0.99)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--cost", action="store_true", help="measure costs alone")
+    options = parser.parse_args(arguments)
+    th.set_num_threads(options.threads)
+    trained, held_out = split(load_dataset(DATA))
+    if options.cost:
+        cost(trained, options)
+        return
+    name, curves = f"BellmanDiffusion, gamma {options.gamma:g}", RESULTS / "bellman_hopper_training.json"
+    describe(curves, f"BellmanDiffusion: {trained.name}", "Distilled actor, deterministic; nine tenths of the episodes.")
+
+    def load(path: Path) -> BellmanDiffusion:
+        return BellmanDiffusion.load(path, env=ENV_ID, dataset=trained, device="cpu")
+
+    run(
+        name,
+        options.seed,
+        lambda: BellmanDiffusion("MlpPolicy", ENV_ID, dataset=trained, gamma=options.gamma, seed=options.seed, device="cpu"),
+        load,
+        options.updates,
+        ENV_ID,
+        curves,
+        n_evaluations=options.evaluations,
+        dataset=trained,
+    )
+    folder = WORK / curves.stem / f"{name}-seed{options.seed}".replace(" ", "_")
+    model = load(folder / "checkpoint.zip")
+    compared = kept(
+        folder / f"values-{options.compared}.json", lambda: values_against_returns(model, held_out, options.compared, 128)
+    )
+    print(compared, flush=True)
+    agents: dict[str, tuple[Any, int, int]] = {
+        "distilled actor": (model, 1, options.episodes),
+        f"best of {options.candidates} candidates": (model, options.candidates, options.candidate_episodes),
+        "behaviour cloning by diffusion": (Cloning(model), 1, options.episodes),
+    }
+    scores: dict[str, np.ndarray] = {}
+    for label, (agent, n_candidates, n_episodes) in agents.items():
+
+        def play(agent: Any = agent, n_candidates: int = n_candidates, n_episodes: int = n_episodes) -> dict[str, Any]:
+            model.set_acting(n_candidates, options.futures)
+            model.set_random_seed(options.seed)
+            return evaluate(
+                agent, ENV_ID, n_episodes, deterministic=agent is model, seed=1_000 * options.seed, dataset=trained
+            ).to_dict()
+
+        found = kept(folder / f"{label.replace(' ', '_')}-{n_episodes}.json", play)
+        scores[label] = np.array(found["normalized_scores"])
+        print(label, scores[label].mean(), flush=True)
+    cloned = scores["behaviour cloning by diffusion"]
+    rows: list[list[str | float | int | None]] = []
+    for label, score in scores.items():
+        low, high = bootstrap_interval(score, statistic="mean")
+        gain = None
+        if score is not cloned:
+            interval = bootstrap(
+                (score, cloned), lambda x, y, axis=-1: x.mean(axis=axis) - y.mean(axis=axis), method="percentile", rng=0
+            ).confidence_interval
+            gain = f"{score.mean() - cloned.mean():.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+        rows.append([label, len(score), f"{score.mean():.1f} [{low:.1f}, {high:.1f}]", gain])
+    write_table(
+        RESULTS / "bellman_hopper.json",
+        f"BellmanDiffusion: values and agents, {trained.name}",
+        ["acting", "episodes", "score", "gain over behaviour cloning"],
+        rows,
+        text=(
+            f"{options.updates:,} updates on nine tenths of the episodes, gamma {options.gamma:g}, seed {options.seed}, "
+            f"{options.futures} futures per candidate; means with 95 % bootstrap intervals over episodes. Cloning draws "
+            "single candidates of the same model.\n\n"
+            f"Values of {options.compared:,} logged actions of the held-out episodes against the discounted sum of the "
+            "rewards that followed: "
+            + ", ".join(f"{key} {value:.3g}" for key, value in compared.items())
+            + ". A return is one draw, so "
+            "that even exact values have an error."
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
