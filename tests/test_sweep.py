@@ -185,7 +185,8 @@ cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_
 cluster.add_node(num_cpus=1, object_store_memory=10**8)
 try:
     settings = SweepSettings(["diffsr"], [None], env="Pendulum-v1", seeds=[0, 1], steps=120, evaluations=2, episodes=1,
-                             params={"learning_starts": [20], "batch_size": [8], "feature_dim": [8]}, device="cpu")
+                             retries=0, device="cpu",
+                             params={"learning_starts": [20], "batch_size": [8, 0], "feature_dim": [8]})
     results = run_sweep(settings, sys.argv[1], address=cluster.address)
 finally:
     cluster.shutdown()
@@ -195,12 +196,18 @@ finally:
 @needs_ray
 @pytest.mark.expensive
 def test_cluster_of_two_nodes_online(environ: dict, tmp_path: Path) -> None:
+    """Trials run online on both nodes; hyperparameters that cannot be are told, and do not disturb the others."""
     out = tmp_path / "sweep"
     finish(start(environ, tmp_path, "-c", CLUSTER, str(out)))
     results = SweepResults.load(out)
-    assert [(row["status"], row["timesteps"]) for row in results.trials] == 2 * [("finished", 120)]
+    done = [row for row in results.trials if row["params"]["batch_size"] == 8]
+    assert [(row["seed"], row["status"], row["timesteps"]) for row in done] == [(0, "finished", 120), (1, "finished", 120)]
+    failed = [row for row in results.trials if row["params"]["batch_size"] == 0]
+    assert [(row["status"], row["score"], row["model"]) for row in failed] == 2 * [("failed", None, None)]
+    assert all("`batch_size` must lie in" in row["error"] for row in failed)
+    assert [(row["n"], row["params"]["batch_size"]) for row in results.summary()] == [(2, 8)]
     assert len({report["node_ip"] + str(report["pid"]) for seed in (0, 1) for report in reports(out, seed)}) == 2
-    assert all(Path(row["model"]).with_name("replay_buffer.zip").is_file() for row in results.trials)
+    assert all(Path(row["model"]).with_name("replay_buffer.zip").is_file() for row in done)
 
 
 def test_grid() -> None:

@@ -39,9 +39,9 @@ def sweep(
 
     Examples:
 
-        sb3-diffusion sweep runs/sweep --algo dtql diffusion_ql --dataset mujoco/hopper/medium-v0 --seeds 5
-        sb3-diffusion sweep runs/grid --dataset mujoco/hopper/medium-v0 --params q_coef=0.5,1.0 n_steps=1,5
-        sb3-diffusion sweep runs/search --dataset mujoco/hopper/medium-v0 --samples 50 --early-stopping
+        sb3-diffusion sweep runs/compare --algo dtql diffusion_ql --dataset sb3-diffusion/pendulum/mixed-v0 --steps 20000
+        sb3-diffusion sweep runs/grid --dataset sb3-diffusion/pendulum/mixed-v0 --steps 20000 --params q_coef=0.5,1.0
+        sb3-diffusion sweep runs/search --dataset sb3-diffusion/pendulum/mixed-v0 --steps 20000 --samples 20 --early-stopping
         sb3-diffusion sweep runs/search --resume
 
     :param out: folder for the results

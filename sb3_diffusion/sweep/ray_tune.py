@@ -272,6 +272,7 @@ class SearchByGroup(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self.studies[self.study_of[trial_id]].on_trial_complete(trial_id, result, error)
 
+    # As Ray's own searchers do, in Ray's own folder.
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).write_bytes(pickle.dumps(vars(self)))
 

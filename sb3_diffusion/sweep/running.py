@@ -24,8 +24,8 @@ def run_sweep(settings: SweepSettings, out: Path | str, *, address: str | None =
 
     :param settings: what to run
     :param out: folder for the results; new, or without a sweep
-    :param address: of a Ray cluster, such as ``"auto"`` or ``"ray://head:10001"``; None starts Ray on this machine. A Ray that
-        this process is already connected to is used in any case
+    :param address: of a Ray cluster, ``"auto"`` for the one that this machine belongs to; None starts Ray on this machine. A Ray
+        that this process is already connected to is used in any case
     :param verbose: 0 silent, 1 progress, 2 each result
     :return: what came out
     :raises FileExistsError: if ``out`` already holds a sweep
@@ -33,13 +33,13 @@ def run_sweep(settings: SweepSettings, out: Path | str, *, address: str | None =
     :raises ImportError: if Ray is not installed; names the extra to install
     """
     settings.check()
-    _ray_tune()
     out = Path(out)
     if (out / SETTINGS_FILE).exists():
         raise FileExistsError(f"{out} already holds a sweep: choose another folder, or go on with `resume_sweep` (--resume).")
     settings = _plain(settings)
     for dataset in settings.datasets:  # a mistake shall show here, and an embedded dataset be made once
         _check_source(dataset, settings.env)
+    _ray_tune()
     text = json.dumps(asdict(settings), indent=2)
     out.mkdir(parents=True, exist_ok=True)
     (out / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")

@@ -13,9 +13,10 @@ from sb3_diffusion.zoo.presets import sections
 DESCRIPTION = """\
 RL Zoo with the algorithms of sb3_diffusion. All options of RL Zoo work, see `train --help` and `enjoy --help`.
 
-  python -m sb3_diffusion.zoo train --algo dtql --env Hopper-v5 --dataset mujoco/hopper/medium-v0 --preset hopper-medium
+  python -m sb3_diffusion.zoo train --algo dtql --env Pendulum-v1 --dataset sb3-diffusion/pendulum/mixed-v0 -n 20000
   python -m sb3_diffusion.zoo train --algo diffsr --env Pendulum-v1 -n 20000
-  python -m sb3_diffusion.zoo enjoy --algo dtql --env Hopper-v5 -f logs
+  python -m sb3_diffusion.zoo enjoy --algo dtql --env Pendulum-v1 -f logs
+  python -m sb3_diffusion.zoo presets --algo dtql
 """
 
 
