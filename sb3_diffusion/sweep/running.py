@@ -24,8 +24,8 @@ def run_sweep(settings: SweepSettings, out: Path | str, *, address: str | None =
 
     :param settings: what to run
     :param out: folder for the results; new, or without a sweep
-    :param address: of a Ray cluster, ``"auto"`` for the one that this machine belongs to; None starts Ray on this machine. A Ray
-        that this process is already connected to is used in any case
+    :param address: of a Ray cluster, ``"auto"`` for the one that this machine belongs to; None starts Ray on this machine.
+        A Ray that this process is already connected to is used in any case
     :param verbose: 0 silent, 1 progress, 2 each result
     :return: what came out
     :raises FileExistsError: if ``out`` already holds a sweep
