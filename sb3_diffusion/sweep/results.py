@@ -98,28 +98,34 @@ class SweepResults:
 
     def print(self, n_best: int = 10) -> None:
         """
-        Print the summary as a table, and what failed.
+        Print the summary as a table for each dataset, and what failed.
 
         :param n_best: rows for each dataset and algorithm
         """
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title="Scores at the end, and 95 % intervals over seeds")
-        for column in ("dataset", "algorithm", "hyperparameters", "seeds", "steps", "score", "interval", "best"):
-            table.add_column(column, justify="left" if column in ("dataset", "algorithm", "hyperparameters") else "right")
-        shown: Counter[tuple[str, str]] = Counter()
-        label = self._labels()
-        for row in self.summary():
-            group = (row["dataset"] or "online", row["algo"])
-            shown[group] += 1
-            if shown[group] <= n_best:
-                unit = " %" if row["normalized"] else ""
-                interval = "" if row["low"] is None else f"{row['low']:.1f} to {row['high']:.1f}"
-                scores = (f"{row['score']:.1f}{unit}", interval, f"{row['best_score']:.1f}{unit}")
-                table.add_row(*group, label(row["params"]), str(row["n"]), str(row["timesteps"]), *scores)
         console = Console()
-        console.print(table)
+        label = self._labels()
+        tables: dict[str, Table] = {}
+        shown: Counter[tuple[str, str]] = Counter()
+        for row in self.summary():
+            dataset = row["dataset"] or "online"
+            shown[dataset, row["algo"]] += 1
+            if shown[dataset, row["algo"]] > n_best:
+                continue
+            if dataset not in tables:
+                unit = "normalised scores in percent" if row["normalized"] else "returns"
+                tables[dataset] = Table(title=f"{dataset}: {unit}, 95 % intervals over seeds")
+                tables[dataset].add_column("algorithm", no_wrap=True)
+                tables[dataset].add_column("hyperparameters", overflow="fold")
+                for column in ("seeds", "steps", "last", "interval", "best"):
+                    tables[dataset].add_column(column, justify="right", no_wrap=True)
+            interval = "" if row["low"] is None else f"{row['low']:.1f} to {row['high']:.1f}"
+            numbers = (str(row["n"]), str(row["timesteps"]), f"{row['score']:.1f}", interval, f"{row['best_score']:.1f}")
+            tables[dataset].add_row(row["algo"], label(row["params"]), *numbers)
+        for table in tables.values():
+            console.print(table)
         if any(count > n_best for count in shown.values()):
             console.print(f"The {n_best} best of each; all of them are in {TABLE_FILE}.")
         for row in self.trials:
