@@ -26,6 +26,7 @@ from tqdm import TqdmExperimentalWarning
 
 from sb3_diffusion.evaluation import EvaluationResult, bootstrap_interval
 from sb3_diffusion.evaluation import evaluate as evaluate_model
+from sb3_diffusion.sweep import sweep
 
 if TYPE_CHECKING:
     from sb3_diffusion.datasets import OfflineDataset
@@ -310,6 +311,7 @@ COMMANDS: dict[str, Any] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
+    "sweep": sweep,
     "dataset": {"summary": dataset_summary, "plot": dataset_plot, "make": dataset_make},
 }
 

@@ -215,15 +215,26 @@ class OfflineAlgorithm(SavableAlgorithm):
         :return: the model
         :raises ValueError: if there is no such preset
         """
-        stem, _, version = name.rpartition("-v")
-        key = stem if version.isdigit() else name
-        if key not in cls.presets:
-            raise ValueError(f"{cls.__name__} has no preset {name!r}; there are: {', '.join(sorted(cls.presets))}.")
-        settings = {**cls.presets[key], **kwargs}
+        settings = {**cls.preset(name), **kwargs}
         total_timesteps = settings.pop("default_total_timesteps", cls.default_total_timesteps)
         model = cls(policy, env, **settings)
         model.default_total_timesteps = total_timesteps
         return model
+
+    @classmethod
+    def preset(cls, name: str) -> Mapping[str, Any]:
+        """
+        Look up the published settings of a task.
+
+        :param name: a key of ``presets``, such as ``"hopper-medium"``; a version suffix (``-v2``) is ignored
+        :return: constructor arguments, and ``default_total_timesteps`` where the length of the runs was published
+        :raises ValueError: if there is no such preset
+        """
+        stem, _, version = name.rpartition("-v")
+        key = stem if version.isdigit() else name
+        if key not in cls.presets:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; there are: {', '.join(sorted(cls.presets)) or 'none'}.")
+        return cls.presets[key]
 
     def _observations_come_normalized(self) -> bool:
         return self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs

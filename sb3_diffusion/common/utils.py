@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 
 from sb3_diffusion.common.allowlist import register_value_class
@@ -70,6 +72,16 @@ class CosineSchedule:
 
     def __repr__(self) -> str:
         return f"CosineSchedule(initial={self.initial})"
+
+
+def policy_alias(observation_space: spaces.Space) -> str:
+    """
+    :param observation_space: of the environment or the data
+    :return: alias of the policy that such observations ask for
+    """
+    if isinstance(observation_space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_image_space(observation_space) else "MlpPolicy"
 
 
 def expectile_loss(error: th.Tensor, expectile: float) -> th.Tensor:

@@ -1,0 +1,112 @@
+"""Starting a sweep, and going on with one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+
+from sb3_diffusion.datasets import OfflineDataset, load_dataset
+from sb3_diffusion.sweep.results import SweepResults
+from sb3_diffusion.sweep.settings import SweepSettings
+
+SETTINGS_FILE = "sweep.json"
+
+
+def run_sweep(settings: SweepSettings, out: Path | str, *, address: str | None = None, verbose: int = 0) -> SweepResults:
+    """
+    Run all trials, and write tables and pictures: ``results.csv``, ``results.json``, ``curves.csv``, ``curves.png`` and, after
+    a search, ``hyperparameters.png``.
+
+    :param settings: what to run
+    :param out: folder for the results; new, or without a sweep
+    :param address: of a Ray cluster, ``"auto"`` for the one that this machine belongs to; None starts Ray on this machine.
+        A Ray that this process is already connected to is used in any case
+    :param verbose: 0 silent, 1 progress, 2 each result
+    :return: what came out
+    :raises FileExistsError: if ``out`` already holds a sweep
+    :raises ValueError: if the settings are wrong, or an environment is unknown
+    :raises ImportError: if Ray is not installed; names the extra to install
+    """
+    settings.check()
+    out = Path(out)
+    if (out / SETTINGS_FILE).exists():
+        raise FileExistsError(f"{out} already holds a sweep: choose another folder, or go on with `resume_sweep` (--resume).")
+    settings = _plain(settings)
+    for dataset in settings.datasets:  # a mistake shall show here, and an embedded dataset be made once
+        _check_source(dataset, settings.env)
+    _ray_tune()
+    text = json.dumps(asdict(settings), indent=2)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    return _run(settings, out, address, verbose)
+
+
+def resume_sweep(out: Path | str, *, address: str | None = None, verbose: int = 0) -> SweepResults:
+    """
+    Go on with a sweep whose process was killed: finished trials stay, others go on from their last checkpoints.
+
+    Ray keeps its own state as pickle files beside the models: resume only a folder of your own.
+
+    :param out: folder that was given to ``run_sweep``
+    :param address: as in ``run_sweep``
+    :param verbose: as in ``run_sweep``
+    :return: what came out
+    :raises FileNotFoundError: if there is no sweep
+    """
+    out = Path(out)
+    if not (out / SETTINGS_FILE).is_file():
+        raise FileNotFoundError(f"There is no sweep in {out}: no file {SETTINGS_FILE}.")
+    settings = SweepSettings(**json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8")))
+    return _run(settings, out, address, verbose)
+
+
+def _run(settings: SweepSettings, out: Path, address: str | None, verbose: int) -> SweepResults:
+    results = _ray_tune().fit(settings, settings.storage or str(out.resolve()), address, verbose)
+    results.save(out)
+    return results
+
+
+def _ray_tune() -> ModuleType:
+    try:
+        from sb3_diffusion.sweep import ray_tune
+    except ImportError as error:
+        raise ImportError("Sweeps need Ray Tune and Optuna: pip install 'sb3-diffusion[ray]'.") from error
+    return ray_tune
+
+
+def _plain(settings: SweepSettings) -> SweepSettings:
+    """With lists, for JSON, and with full paths, as the trials have other working directories."""
+    datasets = [str(Path(d).resolve()) if d is not None and Path(d).is_file() else d for d in settings.datasets]
+    params = {name: list(values) for name, values in settings.params.items()}
+    return replace(settings, algos=list(settings.algos), datasets=datasets, seeds=list(settings.seeds), params=params)
+
+
+def _check_source(dataset: str | None, env: str | None) -> None:
+    data, env_spec = source_of(dataset, env)
+    if data is not None and env is not None:
+        made = gym.make(env_spec)
+        data.check_spaces(made.observation_space, made.action_space)
+        made.close()
+
+
+def source_of(dataset: str | None, env: str | None) -> tuple[OfflineDataset | None, Any]:
+    """
+    :param dataset: source of data, or None
+    :param env: Gymnasium id, or None
+    :return: the data, if any, and the environment to evaluate in, as an id or a spec
+    :raises ValueError: if no environment is known
+    """
+    data = None if dataset is None else load_dataset(dataset)
+    env_spec = env if env is not None else data.env_spec if data is not None else None
+    if env_spec is None:
+        raise ValueError(
+            "There is nothing to learn from: set `datasets`, `env` or both."
+            if dataset is None
+            else f"The dataset {dataset!r} does not tell its environment, and trials are evaluated in one: set `env`."
+        )
+    return data, env_spec
