@@ -26,7 +26,8 @@ from sb3_diffusion.evaluation.report import write_report
 from sb3_diffusion.evaluation.results import read_runs, summarize
 from sb3_diffusion.plotting import save_figure
 
-BROWSER = next((path for name in ("chromium-headless-shell", "chromium", "google-chrome") if (path := shutil.which(name))), None)
+BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
+BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 @pytest.fixture
@@ -178,7 +179,8 @@ def test_report_in_a_browser(result_file: Path, tmp_path: Path):
     probe = """<script>addEventListener("load", () => {
       const all = [...document.images].map(image => image.complete ? image.naturalWidth : 0);
       document.body.dataset.pictures = JSON.stringify(all);
-      document.body.dataset.requests = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length;
+      const asked = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:"));
+      document.body.dataset.requests = asked.length;
       document.body.dataset.overflow = document.documentElement.scrollWidth - innerWidth;
     })</script></body>"""
     probed = tmp_path / "probed.html"

@@ -80,6 +80,7 @@ def run(
     workdir: Path,
     callback: BaseCallback | None = None,
     progress_bar: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any] | None:
     """
     Do one run, or what is left of it, and write it into the result file.
@@ -104,12 +105,18 @@ def run(
     :param workdir: folder of the checkpoints, one folder below it per run
     :param callback: of SB3, called before the evaluations; when it stops the training, the run is kept as it is
     :param progress_bar: show one per run
+    :param quiet: print nothing
     :return: the record of the run, or None if ``callback`` stopped it
     """
     if n_evaluations < 1 or total_timesteps < n_evaluations:
         raise ValueError(
             f"`n_evaluations` must be at least 1 and at most `total_timesteps`: got {n_evaluations}, {total_timesteps}."
         )
+
+    def tell(text: str) -> None:
+        if not quiet:
+            print(text, flush=True)
+
     folder = workdir / result_file.stem / f"{name}-seed{seed}".replace(os.sep, "_").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, progress_file = folder / "checkpoint.zip", folder / "progress.json"
@@ -126,14 +133,14 @@ def run(
                 f"{folder} belongs to a run with {progress['protocol']}, not with {protocol}: remove it to start again."
             )
         if progress["finished"]:
-            print(f"{name}, seed {seed}: finished before", flush=True)
+            tell(f"{name}, seed {seed}: finished before")
             return merge(result_file, name, seed, progress["record"])
         model = load_model(checkpoint)
         if replay_buffer:
             model.load_replay_buffer(folder / "replay_buffer.zip")
         # Stopped between the two files: what the checkpoint does not know of yet is evaluated again.
         progress["evaluations"] = [e for e in progress["evaluations"] if e["timestep"] <= model.num_timesteps]
-        print(f"{name}, seed {seed}: going on from timestep {model.num_timesteps}", flush=True)
+        tell(f"{name}, seed {seed}: going on from timestep {model.num_timesteps}")
     else:
         model = make_model()
         progress = {
@@ -145,7 +152,7 @@ def run(
             "commands": [],
             "finished": False,
         }
-        print(f"{name}, seed {seed}: {total_timesteps} timesteps from {model.num_timesteps}", flush=True)
+        tell(f"{name}, seed {seed}: {total_timesteps} timesteps from {model.num_timesteps}")
 
     where = environment(model.device)
     if where["command"] not in progress["commands"]:
@@ -157,7 +164,7 @@ def run(
         progress["evaluations"].append({"timestep": int(model.num_timesteps), **result.to_dict()})
         scores = result.normalized_scores
         score = "" if scores is None else f", normalised {np.mean(scores):.1f}"
-        print(f"{name}, seed {seed}, timestep {model.num_timesteps}: return {result.mean:.1f}{score}", flush=True)
+        tell(f"{name}, seed {seed}, timestep {model.num_timesteps}: return {result.mean:.1f}{score}")
 
     def keep() -> None:
         model.save(checkpoint)
@@ -185,7 +192,7 @@ def run(
         schedule.catch_up()
     if model.num_timesteps < start + total_timesteps:
         keep()
-        print(f"{name}, seed {seed}: stopped at timestep {model.num_timesteps}", flush=True)
+        tell(f"{name}, seed {seed}: stopped at timestep {model.num_timesteps}")
         return None
 
     data = dataset if dataset is not None else getattr(model, "dataset", None)
