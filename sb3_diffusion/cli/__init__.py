@@ -17,7 +17,7 @@ from tqdm import TqdmExperimentalWarning
 
 from sb3_diffusion.cli.benchmark import benchmark
 from sb3_diffusion.cli.dataset import dataset_convert, dataset_make, dataset_plot, dataset_summary
-from sb3_diffusion.cli.evaluation import evaluate, record
+from sb3_diffusion.cli.evaluation import evaluate, package, record
 from sb3_diffusion.cli.shared import INTERRUPTED, USER_ERROR
 from sb3_diffusion.cli.training import demo, train
 
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "evaluate": evaluate,
     "record": record,
+    "package": package,
     "benchmark": benchmark,
     "dataset": {"summary": dataset_summary, "plot": dataset_plot, "convert": dataset_convert, "make": dataset_make},
 }

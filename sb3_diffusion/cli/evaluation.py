@@ -1,10 +1,11 @@
-"""Commands on saved models: ``evaluate`` and ``record``."""
+"""Commands on saved models: ``evaluate``, ``record`` and ``package``."""
 
 from __future__ import annotations
 
 import json as json_format
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sb3_diffusion.cli.shared import (
     SUCCESS,
@@ -19,7 +20,26 @@ from sb3_diffusion.cli.shared import (
 from sb3_diffusion.evaluation import evaluate as play
 from sb3_diffusion.evaluation.video import record_video
 
-WHICH_ENV = "Which environment? Pass --env with a Gymnasium id, or --dataset with one that knows its own."
+if TYPE_CHECKING:
+    from sb3_diffusion.datasets import OfflineDataset
+
+
+def _env_and_data(model: Path, env: str | None, dataset: str | None) -> tuple[str, OfflineDataset | None]:
+    """
+    :param model: model file; what is not given may stand beside it
+    :param env: as the user said
+    :param dataset: as the user said
+    :return: id of the environment, and the dataset that the user named
+    :raises ValueError: if no environment is known
+    """
+    settings = read_settings(model)
+    data = None if dataset is None else load_data(dataset, env)
+    env_id = env_of(env, data) or settings.get("env")
+    if env_id is None and settings.get("dataset") is not None:
+        env_id = env_of(None, load_data(settings["dataset"]))
+    if env_id is None:
+        raise ValueError("Which environment? Pass --env with a Gymnasium id, or --dataset with one that knows its own.")
+    return env_id, data
 
 
 def evaluate(
@@ -56,11 +76,8 @@ def evaluate(
     :param json: print one JSON object instead of a table
     :return: exit status
     """
-    data = None if dataset is None else load_data(dataset, env)
-    env_id = env_of(env, data) or read_settings(model).get("env")
     loaded = load_model(model, algo, device=device)
-    if env_id is None:
-        raise ValueError(WHICH_ENV)
+    env_id, data = _env_and_data(model, env, dataset)
     result = play(
         loaded,
         env_id,
@@ -125,14 +142,8 @@ def record(
     """
     require("video", "imageio", "imageio_ffmpeg")
     headless()
-    settings = read_settings(model)
     loaded = load_model(model, algo, device=device)
-    data = None if dataset is None else load_data(dataset, env)
-    env_id = env_of(env, data) or settings.get("env")
-    if env_id is None and settings.get("dataset") is not None:
-        env_id = env_of(None, load_data(settings["dataset"]))
-    if env_id is None:
-        raise ValueError(WHICH_ENV)
+    env_id, _ = _env_and_data(model, env, dataset)
     target = model.with_suffix("") if out is None else out
     paths = [target] if target.suffix else [target.with_suffix(".mp4"), target.with_suffix(".gif")]
     film = record_video(
@@ -148,4 +159,54 @@ def record(
     )
     returns = ", ".join(f"{value:.1f}" for value in film.returns)
     print(f"{film.n_steps} steps, return {returns}: {', '.join(map(str, film.paths))}")
+    return SUCCESS
+
+
+def package(
+    model: Path,
+    out: Path,
+    /,
+    *,
+    env: str | None = None,
+    dataset: str | None = None,
+    episodes: int = 100,
+    seed: int = 0,
+    license: str = "mit",
+    name: str | None = None,
+    files: tuple[Path, ...] = (),
+    algo: str | None = None,
+    device: str = "auto",
+) -> int:
+    """
+    Put a saved model into a folder that a hub takes as it is: the model, its scores, and a card that tells all about it.
+
+    Examples:
+
+        sb3-diffusion package runs/hopper/model.zip hub/dtql-hopper --env Hopper-v5 --files runs/hopper/model.mp4
+
+    :param model: file that was written by model.save
+    :param out: folder to make
+    :param env: Gymnasium id to evaluate in; by default the environment of the dataset, or that of the training
+    :param dataset: that the model learned from; by default that of the train.json beside the model
+    :param episodes: of the evaluation
+    :param seed: of the evaluation
+    :param license: of the model, an id that hubs know, such as mit or cc-by-4.0
+    :param name: of the model on its card; that of the folder by default
+    :param files: to put beside the model, such as a film
+    :param algo: name of the algorithm; by default the file tells
+    :param device: cpu, cuda, ... or auto
+    :return: exit status
+    """
+    from sb3_diffusion.hub import write_package
+
+    require("hub", "huggingface_hub")
+    loaded = load_model(model, algo, device=device)
+    settings = read_settings(model)
+    env_id, data = _env_and_data(model, env, dataset or settings.get("dataset"))
+    result = play(loaded, env_id, episodes, seed=seed, dataset=data, progress_bar=sys.stderr.isatty())
+    commands = settings.get("commands", [])
+    write_package(
+        loaded, out, env_id=env_id, result=result, dataset=data, commands=commands, license=license, name=name, files=files
+    )
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return SUCCESS

@@ -29,6 +29,7 @@ from sb3_diffusion.cli.shared import (
 )
 from sb3_diffusion.common.model_file import saved_class_name
 from sb3_diffusion.evaluation import evaluate
+from sb3_diffusion.evaluation.protocol import command_line
 from sb3_diffusion.plotting import BLUE, GREY, ORANGE, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def train(
     :return: exit status
     """
     settings: dict[str, Any] = {"algo": algo, "dataset": dataset, "env": env, "seed": seed}
+    commands: list[str] = []
     if resume is not None:
         if not resume.is_file():
             raise FileNotFoundError(f"There is no file {resume} to go on from.")
@@ -165,6 +167,7 @@ def train(
             raise ValueError("--preset and --set are for new models; one that is resumed has its settings in its file.")
         before = read_settings(resume)
         settings = {key: before.get(key) if value is None else value for key, value in settings.items()}
+        commands = before.get("commands", [])
         settings["algo"] = settings["algo"] or saved_class_name(resume)
         out = out or resume.parent
     out = out or Path("sb3_diffusion_run")
@@ -191,6 +194,7 @@ def train(
         )
 
     out.mkdir(parents=True, exist_ok=True)
+    settings["commands"] = [*commands, command_line()]
     (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if log:
         model.set_logger(configure(str(out / f"log_from_{model.num_timesteps}"), ["stdout", *log]))

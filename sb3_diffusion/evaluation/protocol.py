@@ -57,7 +57,7 @@ def environment(device: th.device | str = "cpu") -> dict[str, Any]:
         "device": th.cuda.get_device_name() if uses_gpu else "cpu",
         "python": platform.python_version(),
         "libraries": versions,
-        "command": _command(),
+        "command": command_line(),
     }
 
 
@@ -345,8 +345,8 @@ def _lock(path: Path) -> FileLock:
     return FileLock(path.with_name(f".{path.name}.lock"))
 
 
-def _command() -> str:
-    """The command line, without what depends on the machine."""
+def command_line() -> str:
+    """:return: the command line of this process, without what depends on the machine"""
     program = Path(sys.argv[0]).resolve()
     if program.name == "sb3-diffusion" or program == _ROOT / "sb3_diffusion" / "__main__.py":
         return shlex.join(["sb3-diffusion", *sys.argv[1:]])
