@@ -110,6 +110,7 @@ def values_against_returns(model: BellmanDiffusion, held_out: OfflineDataset, n:
     """
     returns, whole = monte_carlo(held_out, model.gamma)
     chosen = np.random.default_rng(0).choice(np.flatnonzero(whole), n, replace=False)
+    assert isinstance(held_out.observations, np.ndarray)
     observations, actions, exact = held_out.observations[chosen], held_out.actions[chosen], returns[chosen]
     parts = [slice(i, i + 100) for i in range(0, n, 100)]
     values = np.concatenate([model.value(observations[rows], actions[rows], n_samples=n_samples) for rows in parts])
@@ -151,6 +152,7 @@ def cost(dataset: OfflineDataset, options: argparse.Namespace) -> None:
     models = {
         name: BellmanDiffusion(**arguments, **settings).learn(2, log_interval=None) for name, settings in SCHEMES.items()
     }
+    assert isinstance(dataset.observations, np.ndarray)
     one, many, model = dataset.observations[0], dataset.observations[:64], models["stopped"]
 
     def act(n_candidates: int, n_futures: int, observations: np.ndarray) -> Callable[[], object]:

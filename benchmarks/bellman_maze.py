@@ -83,6 +83,15 @@ def trained(dataset: OfflineDataset, gamma: float, options: argparse.Namespace) 
     return model
 
 
+def states_of(dataset: OfflineDataset) -> np.ndarray:
+    """
+    :param dataset: of positions and velocities
+    :return: its observations, shape ``(n_steps, 4)``
+    """
+    assert isinstance(dataset.observations, np.ndarray)
+    return dataset.observations
+
+
 def logged_futures(dataset: OfflineDataset, start: np.ndarray, action: np.ndarray, gamma: float, seed: int) -> np.ndarray:
     """
     :param dataset: logged rides
@@ -92,7 +101,7 @@ def logged_futures(dataset: OfflineDataset, start: np.ndarray, action: np.ndarra
     :param seed: of the offsets
     :return: positions a geometric number of steps after the logged steps nearest to start and action, shape ``(n, 2)``
     """
-    states, rng = dataset.observations, np.random.default_rng(seed)
+    states, rng = states_of(dataset), np.random.default_rng(seed)
     scale = np.concatenate([states.std(axis=0), 2.0 * dataset.actions.std(axis=0)])
     pairs = np.concatenate([states, dataset.actions], axis=1) / scale
     wanted = np.concatenate([start, action]) / scale
@@ -102,6 +111,7 @@ def logged_futures(dataset: OfflineDataset, start: np.ndarray, action: np.ndarra
     last = np.repeat(ends, N_SAMPLES // N_NEIGHBOURS)
     offsets = rng.geometric(1.0 - gamma, size=len(index))
     inside = index + offsets - 1 <= last
+    assert isinstance(dataset.next_observations, np.ndarray)
     return dataset.next_observations[(index + offsets - 1)[inside], :2]
 
 
@@ -142,7 +152,7 @@ def drawn_steps(dataset: OfflineDataset, seed: int) -> list[tuple[np.ndarray, np
     :param seed: of the choice
     :return: logged pairs of a state and an action, two for each of ``N_DRAWN`` regions, with actions as different as there
     """
-    states, rng = dataset.observations, np.random.default_rng(seed)
+    states, rng = states_of(dataset), np.random.default_rng(seed)
     rows = []
     for index in rng.integers(len(states), size=N_DRAWN):
         near = np.argsort(np.square((states - states[index]) / states.std(axis=0)).sum(axis=1))[: 2 * N_NEIGHBOURS]
@@ -200,7 +210,8 @@ def drive(env: VecEnv, act: Callable[[np.ndarray], np.ndarray], n_steps: int) ->
     for _ in range(n_steps):
         assert isinstance(observations, dict)
         observations, _, _, _ = env.step(act(observations["observation"].astype(np.float32)))
-        path.append(observations["achieved_goal"].copy())  # type: ignore[index]
+        assert isinstance(observations, dict)
+        path.append(observations["achieved_goal"].copy())
     return np.stack(path, axis=1)
 
 

@@ -57,7 +57,9 @@ def success_rate(model: Any, task: str, n_episodes: int) -> float:
     return solved / n_episodes
 
 
-def learn(task: str, setting: Setting, seed: int, steps: int, n_evaluations: int, n_eval_episodes: int) -> dict[str, Any]:
+def learn(
+    task: str, setting: Setting, seed: int, steps: int, n_evaluations: int, n_eval_episodes: int
+) -> dict[str, Any] | None:
     """
     One run, or what is left of it.
 
@@ -115,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in options.seeds:
         for algo in options.algos:
             record = learn(options.task, SETTINGS[algo], seed, options.steps, options.evaluations, options.episodes)
+            assert record is not None
             print(f"{record['name']}, seed {seed}: success {record['success_rate']:.0%}", flush=True)
 
 

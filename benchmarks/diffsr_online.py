@@ -115,7 +115,7 @@ def learn(
     steps: int | None = None,
     changes: dict[str, Any] | None = None,
     n_evaluations: int = 10,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """
     One run, or what is left of it.
 

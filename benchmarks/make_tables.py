@@ -20,6 +20,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sb3_diffusion.evaluation import bootstrap_interval, interquartile_mean
+from sb3_diffusion.evaluation.report import format_number as number
+from sb3_diffusion.evaluation.results import behavior_score, is_normalized
+from sb3_diffusion.evaluation.results import episode_scores as scores
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -136,34 +139,6 @@ def table_section(stem: str, content: dict[str, Any], docs: Path) -> str:
     return "\n".join([*lines, *provenance([content["environment"]], [content["environment"]["command"]]), ""])
 
 
-def scores(run: dict[str, Any]) -> list[np.ndarray]:
-    """
-    :param run: record of a run
-    :return: per evaluation the scores of its episodes, normalised if all are
-    """
-    evaluations = run["evaluations"]
-    normalized = all(evaluation["normalized_scores"] is not None for evaluation in evaluations)
-    return [np.asarray(evaluation["normalized_scores" if normalized else "returns"]) for evaluation in evaluations]
-
-
-def behavior_score(run: dict[str, Any], which: str) -> float:
-    """
-    :param run: record of a run with a behaviour
-    :param which: ``"mean"`` or ``"best"``
-    :return: in the units of ``scores``
-    """
-    normalized = run["behavior"][f"normalized_{which}"]
-    return run["behavior"][which] if normalized is None or not is_normalized(run) else normalized
-
-
-def is_normalized(run: dict[str, Any]) -> bool:
-    """
-    :param run: record of a run
-    :return: whether its scores are percentages
-    """
-    return all(evaluation["normalized_scores"] is not None for evaluation in run["evaluations"])
-
-
 def with_interval(values: list[float]) -> str:
     """
     :param values: one score per run
@@ -174,16 +149,6 @@ def with_interval(values: list[float]) -> str:
         return average
     low, high = bootstrap_interval(values)
     return f"{average} [{number(low)}, {number(high)}]"
-
-
-def number(value: float) -> str:
-    """
-    :param value: any number
-    :return: four significant digits, but no more than one decimal from 10 on
-    """
-    if 10 <= abs(value) < 1e6:
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
-    return f"{value:.4g}"
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sb3_diffusion import DTQL, OfflineDataset
+from sb3_diffusion.evaluation import protocol
 
 ENV_ID = "Pendulum-v1"
 
@@ -72,7 +73,7 @@ def test_interrupted_run_ends_as_a_whole_one(dataset, tmp_path: Path, monkeypatc
     assert len({returns[0] for _, returns in curve(whole)}) == 3
 
     calls = 0
-    original = harness.evaluate if when == "before evaluation" else harness.write_json
+    original = protocol.evaluate if when == "before evaluation" else protocol.write_json
 
     def interrupt(*args, **kwargs):
         nonlocal calls
@@ -82,7 +83,7 @@ def test_interrupted_run_ends_as_a_whole_one(dataset, tmp_path: Path, monkeypatc
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness, original.__name__, interrupt)
+        patch.setattr(protocol, original.__name__, interrupt)
         with pytest.raises(KeyboardInterrupt):
             start(dataset, tmp_path / "parts")
     assert not (tmp_path / "parts" / "results" / "pendulum.json").exists()

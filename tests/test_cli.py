@@ -1,5 +1,6 @@
 """The commands, run in this process as the shell would run them."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,11 +12,28 @@ import h5py
 import numpy as np
 import pytest
 import torch as th
+from envs import PointGoalEnv
 
 import sb3_diffusion.cli as cli
-from sb3_diffusion import DTQL
+from sb3_diffusion import DTQL, load_dataset
 
 ENV_ID = "Pendulum-v1"
+FILM_ENV = "SB3DiffusionFilm-v0"
+
+
+class FilmEnv(PointGoalEnv):
+    """Shows where the point is, as a white square."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def render(self) -> np.ndarray:
+        frame = np.zeros((64, 48, 3), np.uint8)
+        row, column = (20 * (1.0 + self.position)).astype(int)
+        frame[row : row + 8, column : column + 8] = 255
+        return frame
+
+
+gym.register(FILM_ENV, FilmEnv, max_episode_steps=9, kwargs={"as_dict": False})
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +169,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture):
     output = capsys.readouterr().out
     assert "behaviour (the data)" in output and "DTQL after 8 steps" in output
     assert (tmp_path / "demo" / "demo_learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert np.load(tmp_path / "demo" / "evaluations.npz")["results"].shape == (cli.DEMO_EVALUATIONS, 10)
+    assert np.load(tmp_path / "demo" / "evaluations.npz")["results"].shape == (cli.training.DEMO_EVALUATIONS, 10)
     assert DTQL.load(tmp_path / "demo" / "model").num_timesteps == 8
 
 
@@ -169,6 +187,102 @@ def test_dataset_commands(log_file: Path, tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_dataset_convert(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert run("dataset", "make", "sb3-diffusion/pendulum/mixed-v0") == 0
+    chain = ["sb3-diffusion/pendulum/mixed-v0", "log.hdf5", "log.npz", "my/log-v0"]
+    for source, target in itertools.pairwise(chain):
+        assert run("dataset", "convert", source, target) == 0
+    assert "150 episodes, 30000 steps: my/log-v0" in capsys.readouterr().out
+    first, last = (load_dataset(name) for name in (chain[0], chain[-1]))
+    for field in ("observations", "actions", "rewards", "next_observations", "terminations", "truncations"):
+        np.testing.assert_array_equal(getattr(first, field), getattr(last, field))
+    assert last.env_spec == first.env_spec and last.ref_max_score == first.ref_max_score
+    assert run("dataset", "convert", chain[0], "log.npz") == 1
+    assert "log.npz exists" in capsys.readouterr().err
+
+
+def test_evaluations_and_log_of_a_resumed_run(log_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ("--eval-every", 2, "--episodes", 1, "--save-every", 3, "--log", "csv", "tensorboard")
+    small = ("--set", "policy_kwargs={'net_arch': [8]}", "batch_size=4")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(log_file, "--steps", 7, "--out", whole, *options, *small) == 0
+    one_step = DTQL.train
+
+    def train_until_signal(self: DTQL, *args, **kwargs) -> None:
+        one_step(self, *args, **kwargs)
+        if self.num_timesteps == 4:  # while step 5 is under way
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DTQL, "train", train_until_signal)
+        assert train(log_file, "--steps", 7, "--out", parts, *options, *small) == 130
+    assert DTQL.load(parts / "checkpoint").num_timesteps == 3
+    assert run("train", "--resume", parts / "interrupted.zip", "--steps", 7, "--device", "cpu", *options) == 0
+    found, expected = (np.load(folder / "evaluations.npz") for folder in (parts, whole))
+    assert found["timesteps"].tolist() == expected["timesteps"].tolist() == [2, 4, 6]
+    assert DTQL.load(parts / "model").batch_size == 4
+    assert {path.name for path in parts.glob("log_from_*")} == {"log_from_0", "log_from_5"}
+    assert (parts / "log_from_5" / "progress.csv").is_file() and list((parts / "log_from_0").glob("events.out.tfevents*"))
+    assert run("train", "--resume", parts / "interrupted.zip", "--steps", 9, "--set", "gamma=0.9") == 1
+
+
+def test_record(tmp_path: Path, capsys: pytest.CaptureFixture):
+    iio = pytest.importorskip("imageio.v3")
+    model = DTQL("MlpPolicy", FILM_ENV, policy_kwargs=dict(net_arch=[8]), device="cpu", seed=0)
+    model.save(tmp_path / "model")
+    file = tmp_path / "model.zip"
+    assert run("record", file, "--env", FILM_ENV, "--episodes", 2, "--max-steps", 6, "--seed", 0) == 0
+    assert "6 steps, return" in capsys.readouterr().out
+    # The films show where the policy really went.
+    env = gym.make(FILM_ENV, render_mode="rgb_array")
+    observation, _ = env.reset(seed=0)
+    for frame, still in zip(iio.imread(tmp_path / "model.mp4"), iio.imread(tmp_path / "model.gif"), strict=True):
+        shown = env.render()
+        assert frame.shape == still.shape == shown.shape
+        assert np.abs(frame.astype(int) - shown).mean() < 5.0 and np.abs(still.astype(int) - shown).mean() < 5.0
+        observation = env.step(model.predict(observation, deterministic=True)[0])[0]
+    assert run("record", file, "--env", FILM_ENV, "--out", tmp_path / "new" / "film.gif") == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["film.gif"]
+    assert run("record", file, "--env", FILM_ENV, "--out", "film.avi") == 1
+    assert "end in .mp4 or .gif" in capsys.readouterr().err
+    assert run("record", file) == 1
+    assert "Which environment?" in capsys.readouterr().err
+
+
+def test_benchmark(log_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    options = ("--dataset", log_file, "--env", ENV_ID, "--device", "cpu", "--out", tmp_path / "b")
+    small = ("--set", "policy_kwargs={'net_arch': [8]}", "batch_size=4")
+    curve = ("--steps", 6, "--evaluations", 3, "--episodes", 1, "--seeds", 0, 1)
+
+    one_step = DTQL.train
+
+    def train_until_signal(self: DTQL, *args, **kwargs) -> None:
+        one_step(self, *args, **kwargs)
+        if self.seed == 1 and self.num_timesteps == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DTQL, "train", train_until_signal)
+        assert run("benchmark", *options, *curve, *small) == 130
+    capsys.readouterr()
+    assert run("benchmark", *options, *curve, *small, "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    (entry,) = summary.values()
+    assert entry["seeds"] == [0, 1] and entry["unit"] == "return"
+    low, value, high = (entry["last"]["iqm"][key] for key in ("low", "value", "high"))
+    assert low <= value <= high and value == pytest.approx(np.mean(entry["last"]["scores"]))
+    assert json.loads((tmp_path / "b" / "summary.json").read_text()) == summary
+    assert (tmp_path / "b" / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in (tmp_path / "b" / "report.html").read_text()
+    records = json.loads((tmp_path / "b" / "results.json").read_text())["runs"].values()
+    assert [[e["timestep"] for e in record["evaluations"]] for record in records] == [[2, 4, 6]] * 2
+
+    assert run("benchmark", "speed", *options, *small) == 0
+    speed = json.loads((tmp_path / "b" / "speed.json").read_text())
+    assert set(speed["milliseconds"]) == {"matrix_product", "update", "1_action", "64_actions"}
+    assert min(speed["milliseconds"].values()) > 0.0 and speed["batch_size"] == 4
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -179,6 +293,8 @@ def test_dataset_commands(log_file: Path, tmp_path: Path, capsys: pytest.Capture
         (["train", "--resume", "nothing.zip"], "There is no file nothing.zip"),
         (["evaluate", "nothing.zip", "--env", ENV_ID], "There is no model file nothing.zip"),
         (["dataset", "make", "no/such-v0"], "There is no embedded dataset"),
+        (["train", "--env", ENV_ID, "--set", "no_such=1"], "does not know a setting"),
+        (["train", "--env", ENV_ID, "--set", "gamma"], "as name=value"),
         (["dataset", "summary", "nothing.hdf5"], "nothing.hdf5"),
     ],
 )
@@ -209,11 +325,13 @@ def test_keyboard_interrupt_outside_of_training(monkeypatch: pytest.MonkeyPatch,
     def interrupt(source: str, env_id: str | None = None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load_dataset", interrupt)
+    monkeypatch.setattr(cli.dataset, "load_data", interrupt)
     assert run("dataset", "summary", "anything") == 130
 
 
-@pytest.mark.parametrize("command", [["demo"], ["train"], ["evaluate"], ["dataset", "summary"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["demo"], ["train"], ["evaluate"], ["record"], ["benchmark"], ["sweep"], ["dataset", "convert"]], ids=" ".join
+)
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stop:
         run(*command, "--help")

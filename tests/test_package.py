@@ -17,7 +17,7 @@ CORE_ONLY = """
 import sys, warnings
 warnings.simplefilter("ignore")
 EXTRAS = ("minari", "h5py", "matplotlib", "scipy", "tyro", "gymnasium_robotics", "mujoco", "rl_zoo3", "optuna", "ray",
-          "huggingface_hub", "tensorboard", "cv2", "wandb", "psutil")
+          "huggingface_hub", "tensorboard", "cv2", "wandb", "psutil", "imageio", "onnx", "onnxruntime", "onnxscript")
 
 import torch._dynamo  # torch asks which packages there are; building an optimiser imports it
 

@@ -83,6 +83,15 @@ def read_model(
     return ModelFile(data, **decoder.decode_all(rest))
 
 
+def saved_class_name(path: PathOrFile) -> str:
+    """
+    :param path: of a model file
+    :return: name of the class that it was saved from, without its module; what the file says, which need not exist
+    :raises FileFormatError: if the file is damaged or foreign
+    """
+    return simple_name(str(read_archive(existing_path(path), KIND).config.get("class")))
+
+
 def read_parameters(path: PathOrFile) -> dict[str, TensorDict]:
     """
     Read the state dicts alone out of a model's file.

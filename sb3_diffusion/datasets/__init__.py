@@ -1,6 +1,6 @@
 """Logged data: where it comes from, and the one flat form in which the algorithms see it. Imports no torch."""
 
-from sb3_diffusion.datasets.d4rl_hdf5 import from_flat_arrays, load_d4rl
+from sb3_diffusion.datasets.d4rl_hdf5 import from_flat_arrays, load_arrays, load_d4rl
 from sb3_diffusion.datasets.environments import (
     DatasetEnv,
     FlattenNestedDictObservation,
@@ -14,6 +14,7 @@ from sb3_diffusion.datasets.minari_dataset import load_minari
 from sb3_diffusion.datasets.offline_dataset import Episode, OfflineDataset
 from sb3_diffusion.datasets.replay_buffer import from_replay_buffer
 from sb3_diffusion.datasets.scripted import DEFAULT_DATASET_ID, EMBEDDED_DATASETS, embedded_dataset
+from sb3_diffusion.datasets.writing import write_arrays, write_d4rl, write_dataset, write_minari
 
 __all__ = [
     "DEFAULT_DATASET_ID",
@@ -27,9 +28,14 @@ __all__ = [
     "find_dataset",
     "from_flat_arrays",
     "from_replay_buffer",
+    "load_arrays",
     "load_d4rl",
     "load_dataset",
     "load_minari",
     "make_dataset_env",
     "make_env",
+    "write_arrays",
+    "write_d4rl",
+    "write_dataset",
+    "write_minari",
 ]

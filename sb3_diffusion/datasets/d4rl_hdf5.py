@@ -6,12 +6,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+from sb3_diffusion.datasets.description import ARRAYS_KEY, HDF5_KEY, read_description
 from sb3_diffusion.datasets.offline_dataset import (
     Observations,
     OfflineDataset,
@@ -23,6 +25,7 @@ from sb3_diffusion.datasets.reference_scores import D4RL_LABEL, d4rl_env_id, d4r
 _REQUIRED = ("observations", "actions", "rewards", "terminals")
 # Suffixes by which a string is taken for a file.
 HDF5_SUFFIXES = (".hdf5", ".h5")
+ARRAYS_SUFFIX = ".npz"
 # Rows moved together.
 _CHUNK = 65_536
 
@@ -108,6 +111,9 @@ def load_d4rl(
         arrays: dict[str, Any] = {key: _read(file[key]) for key in _REQUIRED if key != "observations"}
         for key in ("timeouts", "next_observations"):
             arrays[key] = _read(file[key]) if key in file else None
+        if HDF5_KEY in file:
+            known = read_description(file[HDF5_KEY].asstr()[()], file_path)
+            return _described(observations, arrays, known, env_spec, observation_space, action_space, clip_actions)
 
     scores = d4rl_scores(name)
     if env_spec is None and isinstance(observations, np.ndarray) and arrays["actions"].ndim == 2:
@@ -130,6 +136,70 @@ def load_d4rl(
         clip_actions=clip_actions,
         copy=False,
     )
+
+
+def load_arrays(
+    path: str | os.PathLike[str],
+    *,
+    env_spec: EnvSpec | None = None,
+    observation_space: spaces.Space | None = None,
+    action_space: spaces.Space | None = None,
+    clip_actions: bool = False,
+) -> OfflineDataset:
+    """
+    Read a ``.npz`` file with D4RL's names (see ``from_flat_arrays``); entries of Dict observations are called
+    ``observations/<key>``. Pickled arrays are refused.
+
+    :param path: the file
+    :param env_spec: environment of the data
+    :param observation_space: unbounded Box by default, or what the file tells
+    :param action_space: Box from -1 to 1 by default, or what the file tells
+    :param clip_actions: clip actions outside of the action space instead of refusing them
+    :return: the flat dataset
+    :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if it is no such file, or its data is bad
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns: dict[str, Any] = {name: file[name] for name in file.files}
+    except (ValueError, OSError, BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a .npz file of plain arrays ({error}).") from error
+    known = read_description(str(columns.pop(ARRAYS_KEY)), path) if ARRAYS_KEY in columns else {"name": path.stem}
+    for field in ("observations", "next_observations"):
+        parts = {name.partition("/")[2]: columns.pop(name) for name in list(columns) if name.startswith(f"{field}/")}
+        columns |= {field: parts} if parts else {}
+    missing = [key for key in _REQUIRED if key not in columns]
+    if missing:
+        raise ValueError(f"{path} must hold {', '.join(_REQUIRED)}: {', '.join(missing)} missing, got {sorted(columns)}.")
+    arrays = {key: columns.get(key) for key in (*_REQUIRED[1:], "timeouts", "next_observations")}
+    return _described(columns["observations"], arrays, known, env_spec, observation_space, action_space, clip_actions)
+
+
+def _described(
+    observations: Any,
+    arrays: dict[str, Any],
+    known: dict[str, Any],
+    env_spec: EnvSpec | None,
+    observation_space: spaces.Space | None,
+    action_space: spaces.Space | None,
+    clip_actions: bool,
+) -> OfflineDataset:
+    """
+    :param observations: array or dict of arrays
+    :param arrays: the other arguments of ``from_flat_arrays`` that hold rows
+    :param known: what the file tells of the data
+    :param env_spec: given by the user, who knows better
+    :param observation_space: given by the user
+    :param action_space: given by the user
+    :param clip_actions: see ``from_flat_arrays``
+    :return: the flat dataset
+    """
+    given = {"env_spec": env_spec, "observation_space": observation_space, "action_space": action_space}
+    settings = {**known, **{key: value for key, value in given.items() if value is not None}}
+    return from_flat_arrays(observations, **arrays, **settings, clip_actions=clip_actions, copy=False)
 
 
 def from_flat_arrays(

@@ -12,7 +12,15 @@ import gymnasium as gym
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from sb3_diffusion.datasets.d4rl_hdf5 import HDF5_SUFFIXES, d4rl_folder, find_d4rl_file, from_flat_arrays, load_d4rl
+from sb3_diffusion.datasets.d4rl_hdf5 import (
+    ARRAYS_SUFFIX,
+    HDF5_SUFFIXES,
+    d4rl_folder,
+    find_d4rl_file,
+    from_flat_arrays,
+    load_arrays,
+    load_d4rl,
+)
 from sb3_diffusion.datasets.minari_dataset import load_minari, minari_root, open_minari
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset, flatten_observation_space, space_mismatch
 from sb3_diffusion.datasets.replay_buffer import from_replay_buffer
@@ -39,6 +47,7 @@ def load_dataset(
     | id of an embedded dataset, made on first use | `"sb3-diffusion/inverteddoublependulum/mixed-v0"` |
     | `minari.MinariDataset`, filtered or combined too | `minari.load_dataset(...).filter_episodes(...)` |
     | path to an HDF5 file in D4RL's layout | `"logs/arm.hdf5"` |
+    | path to a `.npz` file of arrays with D4RL's names | `"logs/arm.npz"` |
     | name of a D4RL task, its file in `D4RL_DATASET_DIR` | `"hopper-medium-v2"` |
     | dict of arrays `observations, actions, rewards, terminals` and, if known, `timeouts, next_observations` | |
     | replay buffer of Stable-Baselines3 | `model.replay_buffer` |
@@ -61,9 +70,10 @@ def load_dataset(
     if isinstance(source, Mapping):
         return _from_mapping(source, spec, observation_space, action_space, clip_actions)
     if isinstance(source, str | PathLike):
-        file = _hdf5_file(source)
+        file = _file(source)
         if file is not None:
-            return load_d4rl(
+            read = load_arrays if file.suffix == ARRAYS_SUFFIX else load_d4rl
+            return read(
                 file,
                 env_spec=spec,
                 observation_space=observation_space,
@@ -76,7 +86,7 @@ def load_dataset(
         dataset = load_minari(recorded, clip_actions=clip_actions)
     else:
         raise TypeError(
-            "The dataset must be a Minari id, the path of an .hdf5 file, the name of a D4RL task, a MinariDataset, an "
+            "The dataset must be a Minari id, the path of an .hdf5 or .npz file, the name of a D4RL task, a MinariDataset, an "
             f"OfflineDataset, a dict of arrays or an SB3 ReplayBuffer: got {type(source).__name__}."
         )
     return _overridden(dataset, spec, observation_space, action_space, clip_actions)
@@ -94,7 +104,7 @@ def open_minari_source(source: Any) -> Any:
         return source if hasattr(source, "iterate_episodes") and hasattr(source, "storage") else None
     if source in EMBEDDED_DATASETS:
         return embedded_dataset(source)
-    if _hdf5_file(source) is not None:
+    if _file(source) is not None:
         return None
     if "/" not in source and not (minari_root() / source).is_dir():
         raise FileNotFoundError(
@@ -105,18 +115,20 @@ def open_minari_source(source: Any) -> Any:
     return open_minari(source)
 
 
-def _hdf5_file(source: str | PathLike[str]) -> Path | None:
+def _file(source: str | PathLike[str]) -> Path | None:
     """
     :param source: what the user gave
     :return: the file that it means, or None if it must be a Minari id
     """
     path = Path(source)
-    if path.suffix in HDF5_SUFFIXES or path.is_file():
+    if path.suffix in (*HDF5_SUFFIXES, ARRAYS_SUFFIX) or path.is_file():
         return path
     if isinstance(source, str) and "/" not in source and not (minari_root() / source).is_dir():
         return find_d4rl_file(source)
     if not isinstance(source, str):
-        raise FileNotFoundError(f"No file {path}: a path must lead to an .hdf5 file in D4RL's layout.")
+        raise FileNotFoundError(
+            f"No file {path}: a path must lead to an .hdf5 file in D4RL's layout or a .npz file of arrays."
+        )
     return None
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -17,17 +17,15 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_wrapper
 
-if TYPE_CHECKING:
-    from types import ModuleType
+from sb3_diffusion.evaluation.statistics import Statistic, bootstrap_interval, interquartile_mean
 
+if TYPE_CHECKING:
     from sb3_diffusion.datasets import OfflineDataset
 
-Statistic = Literal["iqm", "mean", "median"]
 EvaluationEnv = str | EnvSpec | gym.Env | VecEnv | Callable[[], gym.Env]
 
 # Envs that step together by default when this module makes them: one call of `predict` serves all of them.
 DEFAULT_N_ENVS = 10
-N_RESAMPLES = 9_999
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,7 @@ def evaluate(
     dataset: OfflineDataset | None = None,
     ref_min_score: float | None = None,
     ref_max_score: float | None = None,
+    progress_bar: bool = False,
 ) -> EvaluationResult:
     """
     Run whole episodes with a policy, several envs at once, and collect what came out of each.
@@ -137,6 +136,7 @@ def evaluate(
     :param dataset: whose reference scores to use
     :param ref_min_score: return that counts as 0 %
     :param ref_max_score: return that counts as 100 %
+    :param progress_bar: show how many episodes have ended
     :return: returns, lengths and normalised scores, one per episode
     :raises ValueError: if ``n_episodes`` or ``n_envs`` is out of range, or only one reference score is given
     :raises TypeError: if ``env`` is none of the kinds above
@@ -151,9 +151,14 @@ def evaluate(
     try:
         if seed is not None:
             vec_env.seed(seed)
-        with _frozen_normalization(model, vec_env) as normalized_env:
+        with frozen_normalization(model, vec_env) as normalized_env, _episode_bar(n_episodes, progress_bar) as callback:
             returns, lengths = evaluate_policy(
-                model, normalized_env, n_episodes, deterministic=deterministic, return_episode_rewards=True
+                model,
+                normalized_env,
+                n_episodes,
+                deterministic=deterministic,
+                callback=callback,
+                return_episode_rewards=True,
             )
     finally:
         if made_here:
@@ -164,80 +169,6 @@ def evaluate(
         lengths=np.asarray(lengths, dtype=np.int64),
         normalized_scores=_normalized_scores(model, episode_returns, dataset, ref_min_score, ref_max_score),
     )
-
-
-def interquartile_mean(scores: Sequence[float] | np.ndarray) -> float:
-    """
-    Mean of the middle half of all scores: as robust as a median, and uses more of the data (arXiv 2108.13264, section 4.3).
-
-    :param scores: of any shape, pooled
-    :return: mean after a quarter of the scores, rounded down, is cut off at either end; with fewer than 4 the plain mean
-    :raises ValueError: if there are no scores
-    :raises ImportError: if scipy is not installed
-    """
-    pooled = np.asarray(scores, dtype=np.float64).ravel()
-    if pooled.size == 0:
-        raise ValueError("Expected at least one score, got none.")
-    return float(_scipy_stats().trim_mean(pooled, 0.25))
-
-
-def bootstrap_interval(
-    scores: Sequence[float] | np.ndarray,
-    *,
-    statistic: Statistic = "iqm",
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """
-    Stratified percentile bootstrap interval of an average over runs and tasks (arXiv 2108.13264, section 4.1).
-
-    Runs are drawn again with replacement within each task, never across tasks; the statistic is taken over all scores of a
-    resample together.
-
-    :param scores: ``(n_runs,)`` for one task, or ``(n_runs, n_tasks)``
-    :param statistic: ``"iqm"``, ``"mean"`` or ``"median"``
-    :param level: coverage, between 0 and 1
-    :param seed: of the resampling; equal arguments give equal intervals
-    :return: lower and upper end; both NaN with fewer than two runs, from which no spread can be told
-    :raises ValueError: on another statistic, shape or level
-    :raises ImportError: if scipy is not installed
-    """
-    stats = _scipy_stats()
-    table = np.asarray(scores, dtype=np.float64)
-    if table.ndim not in (1, 2) or table.size == 0:
-        raise ValueError(f"Expected scores of shape (n_runs,) or (n_runs, n_tasks), not empty: got shape {table.shape}.")
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"`level` must be between 0 and 1: got {level}.")
-    functions: dict[str, Callable[..., np.ndarray]] = {
-        "iqm": lambda pooled: stats.trim_mean(pooled, 0.25, axis=-1),
-        "mean": lambda pooled: np.mean(pooled, axis=-1),
-        "median": lambda pooled: np.median(pooled, axis=-1),
-    }
-    if statistic not in functions:
-        raise ValueError(f"`statistic` must be one of {sorted(functions)}: got {statistic!r}.")
-    tasks = tuple(table.reshape(len(table), -1).T)
-    if len(table) < 2:
-        return float("nan"), float("nan")
-    interval = stats.bootstrap(
-        tasks,
-        lambda *columns, axis=-1: functions[statistic](np.concatenate(columns, axis=-1)),
-        n_resamples=N_RESAMPLES,
-        confidence_level=level,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-def _scipy_stats() -> ModuleType:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError(
-            "Interquartile means and bootstrap intervals need scipy: pip install 'sb3-diffusion[plots]'."
-        ) from error
-    return stats
 
 
 def _to_vec_env(env: EvaluationEnv, n_episodes: int, n_envs: int | None, seed: int | None) -> tuple[VecEnv, bool]:
@@ -269,11 +200,32 @@ def _to_vec_env(env: EvaluationEnv, n_episodes: int, n_envs: int | None, seed: i
 
 
 @contextmanager
-def _frozen_normalization(model: PolicyPredictor, vec_env: VecEnv) -> Iterator[VecEnv]:
+def _episode_bar(n_episodes: int, shown: bool) -> Iterator[Callable[[dict[str, Any], dict[str, Any]], None] | None]:
+    """A callback of ``evaluate_policy`` that moves a progress bar, or None."""
+    if not shown:
+        yield None
+        return
+    from tqdm.rich import tqdm
+
+    with tqdm(total=n_episodes, unit="episode") as bar:
+
+        def show(variables: dict[str, Any], _: dict[str, Any]) -> None:
+            bar.update(int(np.sum(variables["episode_counts"])) - bar.n)
+
+        yield show
+        bar.update(n_episodes - bar.n)
+
+
+@contextmanager
+def frozen_normalization(model: PolicyPredictor, vec_env: VecEnv) -> Iterator[VecEnv]:
     """
     The env as the model expects it, with statistics that do not move and rewards as they are.
 
     An env that has its own ``VecNormalize`` keeps its statistics; another one is put under a copy of the model's.
+
+    :param model: which may have been trained under a ``VecNormalize``
+    :param vec_env: where it shall act
+    :return: context that gives the env to step
     """
     own = unwrap_vec_wrapper(vec_env, VecNormalize)
     if isinstance(own, VecNormalize):

@@ -1,0 +1,232 @@
+"""The command ``benchmark``: learning curves over seeds, and speed."""
+
+from __future__ import annotations
+
+import json as json_format
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch as th
+
+from sb3_diffusion.cli.shared import (
+    INTERRUPTED,
+    SUCCESS,
+    StopOnSignal,
+    env_of,
+    find_algorithm,
+    load_data,
+    make_model,
+    policy_for,
+    read_changes,
+    require,
+)
+from sb3_diffusion.evaluation.protocol import describe, environment, run, write_json
+
+# Repetitions of what is timed, and those before that are not counted.
+N_REPETITIONS, N_WARM_UP = 30, 5
+
+
+def benchmark(
+    what: Literal["curve", "speed"] = "curve",
+    /,
+    *,
+    algo: str | None = None,
+    dataset: str | None = None,
+    env: str | None = None,
+    steps: int = 50_000,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    evaluations: int = 10,
+    episodes: int = 10,
+    policy: str | None = None,
+    preset: str | None = None,
+    set: tuple[str, ...] = (),
+    device: str = "auto",
+    out: Path = Path("sb3_diffusion_benchmark"),
+    json: bool = False,
+) -> int:
+    """
+    Measure an algorithm on a dataset or in an environment: learning curves over seeds, or the speed of updates and actions.
+
+    A curve is resumed when it is started again (Ctrl-C loses nothing), and more seeds or other settings add to the same
+    results: out/results.json (all numbers, hardware, versions, commands), summary.json, learning_curves.png, report.html.
+
+    Examples:
+
+        sb3-diffusion benchmark --algo dtql --dataset mujoco/hopper/medium-v0 --preset hopper-medium --steps 50000
+        sb3-diffusion benchmark --algo diffusion_ql --dataset mujoco/hopper/medium-v0 --seeds 0 1 2 3 4 --out runs/hopper
+        sb3-diffusion benchmark speed --algo dtql --dataset mujoco/hopper/medium-v0
+
+    :param what: curve or speed
+    :param algo: name of the algorithm; dtql by default
+    :param dataset: Minari id, path of an HDF5 file in D4RL's layout or of a .npz file, or D4RL name; without one training is
+        online
+    :param env: Gymnasium id; by default the environment of the dataset
+    :param steps: timesteps per run
+    :param seeds: of the runs
+    :param evaluations: per run, at equal distances, the last one at the end
+    :param episodes: per evaluation
+    :param policy: MlpPolicy, CnnPolicy or MultiInputPolicy; by default what the observations ask for
+    :param preset: published settings of a task, such as hopper-medium, in place of the defaults
+    :param set: further constructor arguments as name=value
+    :param device: cpu, cuda, ... or auto
+    :param out: folder of the results
+    :param json: print the summary as one JSON object and nothing else
+    :return: exit status
+    """
+    require("plots", "matplotlib", "scipy", "jinja2")
+    algorithm = find_algorithm(algo)
+    data = None if dataset is None else load_data(dataset, env)
+    env_id = env_of(env, data)
+    if data is None and env_id is None:
+        raise ValueError("There is nothing to learn from: pass --dataset, --env or both.")
+    name = ", ".join([algorithm.__name__, *([] if preset is None else [f"preset {preset}"]), *set])
+    alias = policy or policy_for(data, env_id)
+
+    def make(seed: int) -> Any:
+        return make_model(algorithm, alias, env_id, preset, read_changes(set), dataset=data, seed=seed, device=device)
+
+    task = env_id if data is None else data.name
+    if what == "speed":
+        model = make(seeds[0])
+        report = {"kind": "speed", "name": name, "task": task, **_speed(model), "environment": environment(model.device)}
+        write_json(out / "speed.json", report)
+        print(json_format.dumps(report) if json else _speed_table(report, out / "speed.json"))
+        return SUCCESS
+
+    if env_id is None:
+        raise ValueError(f"The dataset {task!r} does not say where to evaluate: pass --env.")
+    results = out / "results.json"
+    kind = "Online" if data is None else "Offline"
+    describe(results, f"{kind}: {task}", f"{steps:,} timesteps; {evaluations} evaluations of {episodes} episodes in {env_id}.")
+    for seed in seeds:
+        stop = StopOnSignal()
+        record = run(
+            name,
+            seed,
+            lambda seed=seed: make(seed),  # type: ignore[misc]
+            lambda path: algorithm.load(path, env=env_id, dataset=data, device=device),
+            steps,
+            env_id,
+            results,
+            n_evaluations=evaluations,
+            n_eval_episodes=episodes,
+            replay_buffer=data is None,
+            dataset=data,
+            workdir=out / "work",
+            callback=stop,
+            progress_bar=not json,
+            quiet=json,
+        )
+        if record is None:
+            if not json:
+                print("Interrupted. The same command goes on from here.")
+            return INTERRUPTED
+    summary = _show(results, out)
+    write_json(out / "summary.json", summary)
+    print(json_format.dumps(summary) if json else _curve_table(summary, out))
+    return SUCCESS
+
+
+# Curves -----------------------------------------------------------------------------------------------------------------
+
+
+def _show(results: Path, out: Path) -> dict[str, Any]:
+    """Draw and report all runs of the folder; returns their averages by name of the setting."""
+    from sb3_diffusion.evaluation.plots import plot_learning_curves
+    from sb3_diffusion.evaluation.report import write_report
+    from sb3_diffusion.evaluation.results import behavior_score, curve, read_runs, summarize
+    from sb3_diffusion.plotting import save_figure
+
+    groups = read_runs(results)
+    summary = {name: summarize(records) for name, records in groups.items()}
+    first = next(iter(groups.values()))[0]
+    references = {} if first["behavior"] is None else {"behaviour, mean of the data": behavior_score(first, "mean")}
+    curves = {name: curve(records) for name, records in groups.items()}
+    unit = next(iter(summary.values()))["unit"]
+    save_figure(plot_learning_curves(curves, unit=unit, references=references), out / "learning_curves.png")
+    write_report(results, out / "report.html")
+    return summary
+
+
+def _curve_table(summary: dict[str, Any], out: Path) -> str:
+    from sb3_diffusion.evaluation.report import format_estimate
+
+    rows = [
+        [
+            name,
+            str(len(entry["seeds"])),
+            format_estimate(entry["last"]["iqm"]),
+            format_estimate(entry["best"]["iqm"]),
+            f"{entry['timesteps_per_second']:.0f}",
+        ]
+        for name, entry in summary.items()
+    ]
+    unit = next(iter(summary.values()))["unit"]
+    title = f"{unit}: interquartile mean over seeds [95 % interval]"
+    return _table(title, ["", "seeds", "last", "best", "timesteps / s"], rows) + f"Report: {out / 'report.html'}"
+
+
+# Speed ------------------------------------------------------------------------------------------------------------------
+
+
+def _speed(model: Any) -> dict[str, Any]:
+    """Median milliseconds of an update and of actions, beside a matrix product in the same process as the unit."""
+    model.learn(1 if model.dataset is not None else model.learning_starts + 1)
+    one, many = _observations(model, 1), _observations(model, 64)
+    left, right = th.randn(1024, 1024, device=model.device), th.randn(1024, 1024, device=model.device)
+    parts: dict[str, Callable[[], object]] = {
+        "matrix_product": lambda: left @ right,
+        "update": lambda: model.train(gradient_steps=1, batch_size=model.batch_size),
+        "1_action": lambda: model.predict(one, deterministic=True),
+        "64_actions": lambda: model.predict(many, deterministic=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for repetition in range(N_REPETITIONS + N_WARM_UP):
+        for name, part in parts.items():
+            start = time.perf_counter()
+            part()
+            if model.device.type == "cuda":
+                th.cuda.synchronize(model.device)
+            if repetition >= N_WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    milliseconds = {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
+    unit = milliseconds["matrix_product"]
+    return {
+        "batch_size": model.batch_size,
+        "milliseconds": milliseconds,
+        "matrix_products": {name: value / unit for name, value in milliseconds.items()},
+    }
+
+
+def _observations(model: Any, n: int) -> Any:
+    """Observations that the model learned from."""
+    buffer = model.replay_buffer if model.dataset is None else model.dataset_buffer
+    samples = buffer.sample(n).observations
+    return {key: value.cpu().numpy() for key, value in samples.items()} if isinstance(samples, dict) else samples.cpu().numpy()
+
+
+def _speed_table(report: dict[str, Any], path: Path) -> str:
+    rows = [
+        [part.replace("_", " "), f"{value:.3f}", f"{report['matrix_products'][part]:.2f}"]
+        for part, value in report["milliseconds"].items()
+    ]
+    title = f"{report['name']}, batch of {report['batch_size']}: medians of {N_REPETITIONS}"
+    return _table(title, ["", "milliseconds", "1024 x 1024 matrix products"], rows) + f"JSON: {path}"
+
+
+def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in heads:
+        table.add_column(column, justify="left" if column == "" else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()

@@ -1,0 +1,242 @@
+"""What the commands share: exit status, names to objects, models from settings, signals, tables."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_diffusion.common.model_file import saved_class_name
+from sb3_diffusion.common.utils import policy_alias
+from sb3_diffusion.evaluation import EvaluationResult, bootstrap_interval
+
+if TYPE_CHECKING:
+    from sb3_diffusion.common.base_class import OfflineAlgorithm
+    from sb3_diffusion.datasets import OfflineDataset
+
+SUCCESS, USER_ERROR, INTERRUPTED = 0, 1, 130
+SETTINGS_FILE = "train.json"
+"""What ``train`` writes beside a model: the settings that it was trained with."""
+
+
+class StopOnSignal(BaseCallback):
+    """
+    Ends ``learn`` after the running step when the process gets SIGINT (Ctrl-C) or SIGTERM, so that the model can be saved.
+
+    A second signal acts as it would have without this callback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopped = False
+        self._handlers: dict[int, Any] = {}
+
+    def _on_training_start(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow handlers
+            self._handlers = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _on_step(self) -> bool:
+        return not self.stopped
+
+    def _on_training_end(self) -> None:
+        self._restore()
+
+
+# Names to objects -------------------------------------------------------------------------------------------------------
+
+
+def find_algorithm(name: str | None) -> type[OfflineAlgorithm]:
+    """
+    :param name: in any spelling: dtql, DiffusionQL, diffusion-ql; None for dtql
+    :return: the class
+    :raises ValueError: if there is none of that name
+    """
+    from sb3_diffusion import ALGORITHMS
+
+    known = {cls.__name__.lower(): cls for cls in ALGORITHMS.values()}  # dtql, diffusionql
+    key = (name or "dtql").lower().replace("_", "").replace("-", "")
+    if key not in known:
+        raise ValueError(f"There is no algorithm {name!r}; there are: {', '.join(sorted(ALGORITHMS))}.")
+    return known[key]
+
+
+def load_data(source: str, env_id: str | None = None) -> OfflineDataset:
+    """
+    :param source: anything with a name that ``load_dataset`` takes
+    :param env_id: an environment that the user names decides over the spaces that a file leaves open
+    :return: the dataset
+    :raises ValueError: also on data of a kind that is not supported, which is not a fault of the program here
+    """
+    from sb3_diffusion.datasets import load_dataset
+
+    known: dict[str, Any] = {}
+    if env_id is not None:
+        env = gym.make(env_id)
+        known = {"env_spec": env.spec, "observation_space": env.observation_space, "action_space": env.action_space}
+        env.close()
+    try:
+        return load_dataset(source, **known)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def env_of(env: str | None, data: OfflineDataset | None) -> str | None:
+    """
+    :param env: as the user said
+    :param data: which may know its own
+    :return: id of the environment, or None
+    """
+    return env or (data.env_spec.id if data is not None and data.env_spec is not None else None)
+
+
+def policy_for(data: OfflineDataset | None, env_id: str | None) -> str:
+    """:return: the policy alias that the observations ask for"""
+    if data is not None:
+        return policy_alias(data.observation_space)
+    assert env_id is not None
+    env = gym.make(env_id)
+    env.close()
+    return policy_alias(env.observation_space)
+
+
+# Models -----------------------------------------------------------------------------------------------------------------
+
+
+def read_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """
+    :param changes: ``name=value`` each, the value a Python literal or else a string
+    :return: values by name
+    :raises ValueError: if there is no ``=``
+    """
+    values: dict[str, Any] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"Expected settings as name=value, such as batch_size=64: got {change!r}.")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values
+
+
+def make_model(
+    algorithm: type[OfflineAlgorithm], policy: str, env: str | None, preset: str | None, changes: dict[str, Any], **kwargs: Any
+) -> OfflineAlgorithm:
+    """
+    :param algorithm: class
+    :param policy: alias
+    :param env: id or None
+    :param preset: name of published settings, or None for the defaults
+    :param changes: constructor arguments that win over both
+    :param kwargs: further constructor arguments
+    :return: a new model
+    :raises ValueError: also if the constructor has no such argument
+    """
+    try:
+        if preset is not None:
+            return algorithm.from_preset(preset, env, policy, **{**kwargs, **changes})
+        return algorithm(policy, env, **{**kwargs, **changes})  # type: ignore[call-arg]
+    except TypeError as error:
+        if changes and "unexpected keyword argument" in str(error):
+            raise ValueError(f"{algorithm.__name__} does not know a setting of --set: {error}.") from error
+        raise
+
+
+def read_settings(model_file: Path) -> dict[str, Any]:
+    """
+    :param model_file: of a model
+    :return: the settings beside it; empty if there are none
+    """
+    file = model_file.parent / SETTINGS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def load_model(path: Path, algo: str | None, **kwargs: Any) -> OfflineAlgorithm:
+    """
+    :param path: model file
+    :param algo: name of the algorithm; None: the file tells
+    :param kwargs: of ``load``
+    :return: the model
+    :raises FileNotFoundError: if there is no such file
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model file {path}.")
+    return find_algorithm(algo or saved_class_name(path)).load(path, **kwargs)
+
+
+def headless() -> None:
+    """MuJoCo renders without a display by EGL, unless ``MUJOCO_GL`` says otherwise; to be called before it is imported."""
+    if "DISPLAY" not in os.environ and "WAYLAND_DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+def require(extra: str, *modules: str) -> None:
+    """
+    :param extra: that brings them
+    :param modules: that a command needs
+    :raises ImportError: before anything is done
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"This command needs {', '.join(missing)}: pip install 'sb3-diffusion[{extra}]'.")
+
+
+# What is shown ----------------------------------------------------------------------------------------------------------
+
+
+def print_comparison(data: OfflineDataset | None, result: EvaluationResult, label: str) -> None:
+    """
+    Print a table of the returns of a model and of the behaviour that made the data.
+
+    :param data: whose episodes to compare with
+    :param result: of the model
+    :param label: of the model
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Return per episode")
+    for column in ("", "episodes", "mean", "95 % interval of the mean", "normalised"):
+        table.add_column(column, justify="left" if column == "" else "right")
+
+    def add(name: str, returns: np.ndarray, scores: np.ndarray | None) -> None:
+        low, high = bootstrap_interval(returns, statistic="mean")
+        interval = "" if np.isnan(low) else f"{low:.1f} to {high:.1f}"
+        score = "" if scores is None else f"{np.mean(scores):.1f} %"
+        table.add_row(name, str(len(returns)), f"{np.mean(returns):.1f}", interval, score)
+
+    if data is not None:
+        returns = data.episode_returns
+        has_scores = data.ref_min_score is not None and data.ref_max_score is not None
+        scores = np.asarray(data.normalized_score(returns)) if has_scores else None
+        add("behaviour (the data)", returns, scores)
+        best = int(np.argmax(returns))
+        add("its best episode", returns[best : best + 1], None if scores is None else scores[best : best + 1])
+    add(label, result.returns, result.normalized_scores)
+    Console().print(table)
+
+
+def to_plain(value: Any) -> Any:
+    """NumPy numbers and arrays as JSON knows them."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

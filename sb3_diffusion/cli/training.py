@@ -1,0 +1,276 @@
+"""Commands that train: ``demo`` and ``train``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_diffusion.cli.shared import (
+    INTERRUPTED,
+    SETTINGS_FILE,
+    SUCCESS,
+    StopOnSignal,
+    env_of,
+    find_algorithm,
+    load_data,
+    make_model,
+    policy_for,
+    print_comparison,
+    read_changes,
+    read_settings,
+    require,
+)
+from sb3_diffusion.common.model_file import saved_class_name
+from sb3_diffusion.evaluation import evaluate
+from sb3_diffusion.evaluation.protocol import command_line
+from sb3_diffusion.plotting import BLUE, GREY, ORANGE, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from sb3_diffusion.common.base_class import OfflineAlgorithm
+    from sb3_diffusion.datasets import OfflineDataset
+
+DEMO_EVALUATIONS = 8
+# Smaller networks than the default ones, for a small task on a small machine.
+DEMO_SETTINGS: dict[str, Any] = {"normalize_observations": True, "policy_kwargs": {"net_arch": [128, 128]}}
+
+
+def demo(
+    out: Path = Path("sb3_diffusion_demo"),
+    *,
+    dataset: str | None = None,
+    steps: int = 4_000,
+    episodes: int = 20,
+    seed: int = 0,
+) -> int:
+    """
+    Train DTQL on the embedded dataset, evaluate it against the behaviour that made the data, draw the learning curve.
+
+    Examples:
+
+        sb3-diffusion demo
+        sb3-diffusion demo --out runs/demo --steps 20000
+
+    :param out: folder for the model and the picture
+    :param dataset: another dataset whose environment is known; the embedded one by default
+    :param steps: gradient steps
+    :param episodes: episodes of the last evaluation
+    :param seed: of training and evaluation
+    :return: exit status
+    """
+    from sb3_diffusion import DTQL
+    from sb3_diffusion.datasets import DEFAULT_DATASET_ID
+
+    require("plots", "matplotlib", "scipy")
+    data = load_data(dataset or DEFAULT_DATASET_ID)
+    if data.env_spec is None:
+        raise ValueError(f"The dataset {data.name!r} does not say which environment it comes from; choose one that does.")
+    env_id = data.env_spec.id
+    out.mkdir(parents=True, exist_ok=True)
+    print(data)
+    print(f"Training DTQL on it: {steps} gradient steps, {DEMO_EVALUATIONS} evaluations in {env_id} on the way.")
+    model = DTQL("MlpPolicy", env_id, dataset=data, seed=seed, **DEMO_SETTINGS)
+    eval_env = make_vec_env(env_id, 10, seed=seed + 1_000)
+    curve = EvalCallback(
+        eval_env, n_eval_episodes=10, eval_freq=max(1, steps // DEMO_EVALUATIONS), log_path=str(out), verbose=0
+    )
+    model.learn(steps, callback=curve, progress_bar=True)
+    eval_env.close()
+    result = evaluate(model, env_id, episodes, seed=seed + 2_000, dataset=data, progress_bar=True)
+    model.save(out / "model")
+    picture = _plot_learning_curve(out, data, env_id)
+    print_comparison(data, result, f"DTQL after {steps} steps")
+    print(f"Learning curve: {picture}")
+    print(f"Model:          {out / 'model.zip'}")
+    return SUCCESS
+
+
+def _plot_learning_curve(out: Path, data: OfflineDataset, env_id: str) -> Path:
+    with np.load(out / "evaluations.npz") as evaluations:
+        timesteps, returns = evaluations["timesteps"], evaluations["results"]
+    figure = new_figure(7.0, 4.0)
+    axes = figure.subplots()
+    axes.plot(timesteps, returns, ".", color=BLUE, alpha=0.3, markeredgewidth=0)
+    axes.plot(timesteps, returns.mean(axis=1), "o-", color=BLUE, label=f"DTQL, mean of {returns.shape[1]} episodes")
+    behavior = data.episode_returns
+    axes.axhline(behavior.mean(), color=ORANGE, linestyle="--", label="behaviour, mean of the data")
+    axes.axhline(behavior.max(), color=GREY, linestyle=":", label="best episode of the data")
+    axes.set(xlabel="gradient steps", ylabel="return", xlim=(0, None))
+    axes.set_title(f"{env_id}, learned from\n{data.name}", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return save_figure(figure, out / "demo_learning_curve.png")
+
+
+def train(
+    *,
+    algo: str | None = None,
+    dataset: str | None = None,
+    env: str | None = None,
+    steps: int = 100_000,
+    seed: int | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    online: bool = False,
+    policy: str | None = None,
+    preset: str | None = None,
+    set: tuple[str, ...] = (),
+    device: str = "auto",
+    eval_every: int = 0,
+    episodes: int = 10,
+    save_every: int = 0,
+    log: tuple[str, ...] = (),
+) -> int:
+    """
+    Train an algorithm on a dataset, in an environment, or first on the one and then in the other.
+
+    Ctrl-C (or SIGTERM) stops after the running step and writes interrupted.zip, from which --resume goes on exactly.
+
+    Examples:
+
+        sb3-diffusion train --dataset mujoco/hopper/medium-v0 --steps 200000 --seed 0 --out runs/hopper
+        sb3-diffusion train --resume runs/hopper/interrupted.zip --steps 200000
+        sb3-diffusion train --resume runs/hopper/model.zip --online --steps 250000 --out runs/hopper_online
+        sb3-diffusion train --algo diffusion_ql --env Pendulum-v1 --steps 20000 --set n_diffusion_steps=10 batch_size=128
+
+    :param algo: name of the algorithm, such as dtql or diffusion_ql; dtql by default
+    :param dataset: Minari id, path of an HDF5 file in D4RL's layout or of a .npz file, or D4RL name; without one training is
+        online
+    :param env: Gymnasium id; by default the environment of the dataset
+    :param steps: timesteps in total, those before --resume included; gradient steps offline, env steps online
+    :param seed: of everything random
+    :param out: folder for the results, ./sb3_diffusion_run by default; with --resume that of the file
+    :param resume: model file to go on from; what is not given is taken from the train.json beside it
+    :param online: step the environment although there is a dataset (fine-tuning)
+    :param policy: MlpPolicy, CnnPolicy or MultiInputPolicy; by default what the observations ask for
+    :param preset: published settings of a task, such as hopper-medium, in place of the defaults
+    :param set: further constructor arguments as name=value
+    :param device: cpu, cuda, ... or auto
+    :param eval_every: timesteps between evaluations on the way, which also keep best_model.zip; 0 for none
+    :param episodes: episodes per evaluation; 0 for no evaluation at the end
+    :param save_every: timesteps between checkpoints that can be resumed from; 0 for none
+    :param log: formats of the log in the folder: csv, json, log or tensorboard
+    :return: exit status
+    """
+    settings: dict[str, Any] = {"algo": algo, "dataset": dataset, "env": env, "seed": seed}
+    commands: list[str] = []
+    if resume is not None:
+        if not resume.is_file():
+            raise FileNotFoundError(f"There is no file {resume} to go on from.")
+        if preset is not None or set:
+            raise ValueError("--preset and --set are for new models; one that is resumed has its settings in its file.")
+        before = read_settings(resume)
+        settings = {key: before.get(key) if value is None else value for key, value in settings.items()}
+        commands = before.get("commands", [])
+        settings["algo"] = settings["algo"] or saved_class_name(resume)
+        out = out or resume.parent
+    out = out or Path("sb3_diffusion_run")
+    if (out / "model.zip").exists() and (resume is None or resume != out / "model.zip"):
+        raise FileExistsError(f"{out} already holds a finished model.zip: choose another folder with --out.")
+    algorithm = find_algorithm(settings["algo"])
+    data = None if settings["dataset"] is None else load_data(settings["dataset"], settings["env"])
+    if data is None and settings["env"] is None:
+        raise ValueError("There is nothing to learn from: pass --dataset, --env or both.")
+
+    if resume is None:
+        policy = policy or policy_for(data, settings["env"])
+        arguments = dict(dataset=data, seed=settings["seed"], device=device, verbose=1)
+        model = make_model(algorithm, policy, settings["env"], preset, read_changes(set), **arguments)
+    else:
+        model = algorithm.load(resume, env=settings["env"], dataset=data, device=device)
+        replay_file = _replay_file(resume)
+        if replay_file.is_file():
+            model.load_replay_buffer(replay_file)
+    if steps <= model.num_timesteps:
+        raise ValueError(
+            f"`--steps` must be more than the {model.num_timesteps} timesteps that the model already has, these included: "
+            f"got {steps}."
+        )
+
+    out.mkdir(parents=True, exist_ok=True)
+    settings["commands"] = [*commands, command_line()]
+    (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if log:
+        model.set_logger(configure(str(out / f"log_from_{model.num_timesteps}"), ["stdout", *log]))
+    offline = False if online or data is None else None
+    stop = StopOnSignal()
+    callbacks: list[BaseCallback] = [stop]
+    env_id = env_of(settings["env"], data)
+    if eval_every > 0 and env_id is not None:
+        eval_env = make_vec_env(env_id, max(1, min(episodes, 10)), seed=settings["seed"])
+        callbacks.append(_evaluations(eval_env, max(1, episodes), eval_every, out, model.num_timesteps))
+    if save_every > 0:
+        callbacks.append(_Checkpoints(save_every, out, with_replay_buffer=offline is False))
+    model.learn(steps - model.num_timesteps, callback=callbacks, reset_num_timesteps=False, progress_bar=True, offline=offline)
+    if stop.stopped:
+        _save_to_resume(model, out / "interrupted.zip", with_replay_buffer=offline is False)
+        print(f"Interrupted at {model.num_timesteps} of {steps} timesteps. To go on:")
+        go_on = f"  sb3-diffusion train --resume {out / 'interrupted.zip'} --steps {steps}"
+        print(f"{go_on} --online" if online else go_on)
+        return INTERRUPTED
+    model.save(out / "model")
+    print(f"Model: {out / 'model.zip'}")
+    if episodes > 0 and env_id is not None:
+        result = evaluate(model, env_id, episodes, seed=settings["seed"], dataset=data, progress_bar=True)
+        print_comparison(data, result, f"{algorithm.__name__} after {model.num_timesteps} steps")
+    return SUCCESS
+
+
+def _replay_file(model_file: Path) -> Path:
+    """Where the replay buffer of a checkpoint is; a finished model has none."""
+    return model_file.with_name(f"{model_file.stem}_replay_buffer.zip")
+
+
+def _save_to_resume(model: OfflineAlgorithm, path: Path, with_replay_buffer: bool) -> None:
+    if with_replay_buffer:
+        model.save_replay_buffer(_replay_file(path))
+    model.save(path)
+
+
+class _Checkpoints(BaseCallback):
+    """
+    Writes ``checkpoint.zip`` again and again, with what is needed to go on from it.
+
+    :param every: timesteps between two of them
+    :param folder: to write to
+    :param with_replay_buffer: online runs need it
+    """
+
+    def __init__(self, every: int, folder: Path, with_replay_buffer: bool) -> None:
+        super().__init__()
+        self.every, self.path, self.with_replay_buffer = every, folder / "checkpoint.zip", with_replay_buffer
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % self.every == 0:
+            _save_to_resume(self.model, self.path, self.with_replay_buffer)  # type: ignore[arg-type]
+        return True
+
+
+def _evaluations(eval_env: VecEnv, episodes: int, every: int, out: Path, start: int) -> EvalCallback:
+    """
+    :param eval_env: to evaluate in
+    :param episodes: per evaluation
+    :param every: timesteps between evaluations
+    :param out: folder of ``evaluations.npz`` and ``best_model.zip``
+    :param start: timesteps that the model has; evaluations up to there are kept
+    :return: SB3's callback, which goes on where an interrupted run stopped
+    """
+    callback = EvalCallback(
+        eval_env, n_eval_episodes=episodes, eval_freq=every, log_path=str(out), best_model_save_path=str(out)
+    )
+    callback.n_calls = start
+    earlier = out / "evaluations.npz"
+    if start > 0 and earlier.is_file():
+        with np.load(earlier) as known:
+            done = known["timesteps"] <= start
+            callback.evaluations_timesteps = known["timesteps"][done].tolist()
+            callback.evaluations_results = known["results"][done].tolist()
+            callback.evaluations_length = known["ep_lengths"][done].tolist()
+        callback.best_mean_reward = max((float(np.mean(row)) for row in callback.evaluations_results), default=-np.inf)
+    return callback
