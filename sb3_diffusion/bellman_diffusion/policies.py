@@ -94,7 +94,6 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
     critic: QCritic
     critic_target: QCritic
     state_model: StateModel
-    target_names = ("actor_target", "critic_target")
 
     def __init__(
         self,
@@ -193,6 +192,7 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
         self.behavior = ActionDenoiser(**network_arguments, net_arch=pi)
         self.value = MeasureValue(**network_arguments, net_arch=qf)
         self.has_critic = agent == "rebrac"
+        self.target_names = ("actor_target", "critic_target") if self.has_critic else ()
         self.actor = GaussianActor(**network_arguments, net_arch=pi, fixed_std=EXPLORATION_STD if self.has_critic else None)
         if self.has_critic:
             self.actor_target = deepcopy(self.actor).requires_grad_(False)

@@ -79,9 +79,11 @@ def _to_text(key: str, value: Any) -> Any:
 
 
 def _to_python(value: Any) -> str:
-    """As RL Zoo evaluates it, with ``nn`` for ``torch.nn``."""
+    """As RL Zoo evaluates it, with ``nn`` for ``torch.nn`` and ``th`` for ``torch``."""
     if isinstance(value, Mapping):
         return f"dict({', '.join(f'{key}={_to_python(item)}' for key, item in value.items())})"
     if isinstance(value, type) and value.__module__.startswith("torch.nn."):
         return f"nn.{value.__name__}"
+    if isinstance(value, type) and value.__module__.startswith("torch.optim."):
+        return f"th.optim.{value.__name__}"
     return repr(value)
