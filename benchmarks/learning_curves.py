@@ -124,7 +124,9 @@ def fine_tune(setting: Setting, seed: int, steps: int) -> None:
 
     def start() -> OfflineAlgorithm:
         folder = f"{setting.name}-seed{seed}".replace(" ", "_")
-        return load(WORK / "hopper_medium" / folder / "checkpoint.zip")
+        model = load(WORK / "hopper_medium" / folder / "checkpoint.zip")
+        model.num_timesteps = 0  # a phase of its own: schedules of the learning rate begin anew
+        return model
 
     run(
         setting.name,

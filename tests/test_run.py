@@ -1,6 +1,7 @@
 """Learning in all its forms: offline, online, fine-tuning; envs, policies, spaces, callbacks, logs."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger, configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
@@ -160,6 +162,19 @@ def test_a_trained_model_acts_while_the_phase_waits(
         monkeypatch.setattr(model, "predict", lambda *a, _p=predict, _c=calls, **k: (_c.append(1), _p(*a, **k))[1])
         model.learn(9, offline=False, reset_num_timesteps=False)
         assert len(calls) == (9 if n_offline else 0)
+
+
+def test_a_schedule_that_ended_before_the_online_phase(spec: AlgoSpec, box_dataset: OfflineDataset) -> None:
+    """Counting on, it stays at 0, and says so; the count that begins anew takes the schedule with it."""
+    schedule = LinearSchedule(1e-3, 0.0, end_fraction=0.25)
+    model = spec.make(POINT_ENV, dataset=box_dataset, learning_starts=0, learning_rate=schedule).learn(6)
+    with pytest.warns(UserWarning, match="come to 0"):
+        model.learn(6, offline=False, reset_num_timesteps=False)
+    assert model.policy.actor.optimizer.param_groups[0]["lr"] == 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(4, offline=False)
+    assert model.num_timesteps == 4
 
 
 def test_the_environment_is_left_alone_offline(spec: AlgoSpec, box_dataset: OfflineDataset) -> None:

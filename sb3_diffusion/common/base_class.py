@@ -1,6 +1,7 @@
 """The common base of all algorithms: offline, online and fine-tuning runs, files, randomness."""
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
@@ -513,6 +514,13 @@ class OfflineAlgorithm(SavableAlgorithm):
             self.replay_buffer.truncate_last_trajectory()
         if reset_num_timesteps or self._online_start < 0:
             self._online_start = self.num_timesteps
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            if self.lr_schedule(self._current_progress_remaining) == 0.0:
+                warnings.warn(
+                    "This phase begins where the schedule of the learning rate has already come to 0, so that it would learn "
+                    "nothing: leave `reset_num_timesteps` at True to begin the schedule anew.",
+                    stacklevel=3,
+                )
         assert isinstance(self.train_freq, TrainFreq)
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
