@@ -1,7 +1,8 @@
 """
 What trained Diffusion-QL policies score, and what an action costs: by sampler and number of steps, and by candidates.
 
-    python benchmarks/learning_curves.py hopper-medium --algo diffusion_ql --preset locomotion --seeds 0 1 2   # trains them
+    python benchmarks/learning_curves.py hopper-medium --algo diffusion_ql --preset locomotion \\
+        --set n_sampling_steps=5 --seeds 0 1 2   # trains them
     python benchmarks/samplers.py
 
 The weights stay as they are: only the way to act changes. Scores that were measured are kept in ``benchmarks/work``; times are
@@ -20,7 +21,7 @@ from sb3_diffusion import DiffusionQL, OfflineDataset, load_dataset
 from sb3_diffusion.evaluation import bootstrap_interval, evaluate, interquartile_mean
 
 DATASET, ENV = "bench/hopper/medium-v0", "Hopper-v5"
-RUNS = [f"DiffusionQL,_preset_locomotion-seed{seed}" for seed in range(3)]
+RUNS = [f"DiffusionQL,_preset_locomotion,_n_sampling_steps=5-seed{seed}" for seed in range(3)]
 CHAINS = [
     ("ddpm", 5),
     ("ddpm", 3),
@@ -52,6 +53,23 @@ def milliseconds_per_action(model: DiffusionQL, observations: np.ndarray, n: int
         model.predict(observations)
         seconds.append(time.perf_counter() - start)
     return 1e3 * float(np.median(seconds))
+
+
+def pull(model: DiffusionQL, batch_size: int = 4_096) -> float:
+    """
+    :param model: trained model
+    :param batch_size: transitions to average over
+    :return: norm of the gradient of the actor's action value, as its loss has it, over that of the denoising loss
+    """
+    model.set_random_seed(0)
+    batch = model.sample_batch(batch_size)
+    features = model.actor.features(batch.observations)
+    parameters = list(model.actor.denoiser.parameters())
+    norms = []
+    for loss in (model._q_loss(batch, features), model._bc_loss(features, batch.actions)):
+        gradients = th.autograd.grad(loss, parameters, retain_graph=True)
+        norms.append(float(th.stack([gradient.norm() for gradient in gradients]).norm()))
+    return norms[0] / norms[1]
 
 
 def costs(model: DiffusionQL, dataset: OfflineDataset) -> list[float]:
@@ -111,7 +129,7 @@ def main() -> None:
             model.set_sampler(sampler, n_steps)
         calls = 2 * n_steps - 1 if sampler == "heun" else n_steps
         scores = [score(models, dataset, f"{sampler}-{n_steps}", options.episodes, still) for still in (True, False)]
-        chain_rows.append([sampler, n_steps, calls, *scores, *costs(first, dataset)])
+        chain_rows.append([sampler, n_steps, calls, *scores, pull(first), *costs(first, dataset)])
         print(*chain_rows[-1], sep="\t", flush=True)
     write_table(
         RESULTS / "samplers.json",
@@ -122,11 +140,15 @@ def main() -> None:
             "network passes",
             "score, deterministic",
             "score, drawn",
+            "pull of the action value",
             "ms per action, 1 observation",
             "ms, 64 observations",
         ],
         chain_rows,
-        text=f"{about} *Deterministic*: latents of 0.",
+        text=(
+            f"{about} *Deterministic*: latents of 0. *Pull*: norm of the gradient of the actor's action value over that of its "
+            "denoising loss, if training went on by this sampler; of the first model."
+        ),
     )
     candidate_rows: list[list[str | float | int | None]] = []
     for n, choice in CHOICES:

@@ -71,7 +71,7 @@ def main() -> None:
     arguments: dict[str, Any] = dict(policy="MlpPolicy", env="Walker2d-v5", dataset=data, seed=0, device="cpu")
     dtql = DTQL(n_imitation_steps=0, **arguments).learn(1)
     diffusion_ql = DiffusionQL(n_imitation_steps=0, **arguments).learn(1)
-    fast = DiffusionQL(sampler="ddim", n_sampling_steps=2, **arguments)
+    fast = DiffusionQL(n_imitation_steps=0, n_sampling_steps=2, **arguments).learn(1)
     sac = SAC("MlpPolicy", "Walker2d-v5", buffer_size=1, seed=0, device="cpu")
     left, right = th.randn(1024, 1024), th.randn(1024, 1024)
     one, many = data["observations"][0], data["observations"][:64]
@@ -82,10 +82,11 @@ def main() -> None:
         "DTQL: action, 64 observations": lambda: dtql.predict(many),
         "DTQL: action, 1 observation, best of 1024": lambda: best_of(dtql, 1024).predict(one),
         "DiffusionQL: update": lambda: diffusion_ql.train(gradient_steps=1, batch_size=256),
+        "DiffusionQL: update, 2 sampling steps": lambda: fast.train(gradient_steps=1, batch_size=256),
         "DiffusionQL: action, 1 observation": lambda: diffusion_ql.predict(one),
         "DiffusionQL: action, 64 observations": lambda: diffusion_ql.predict(many),
         "DiffusionQL: action, 1 observation, best of 50": lambda: best_of(diffusion_ql, 50).predict(one),
-        "DiffusionQL: action, 1 observation, 2 steps of DDIM": lambda: fast.predict(one),
+        "DiffusionQL: action, 1 observation, 2 sampling steps": lambda: fast.predict(one),
         "SB3's SAC: action, 1 observation": lambda: sac.predict(one),
     }
     milliseconds = measure(parts)
