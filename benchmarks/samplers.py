@@ -146,8 +146,8 @@ def main() -> None:
         ],
         chain_rows,
         text=(
-            f"{about} *Deterministic*: latents of 0. *Pull*: norm of the gradient of the actor's action value over that of its "
-            "denoising loss, if training went on by this sampler; of the first model."
+            f"{about} *Deterministic*: latents of 0. *Pull*: norm of the gradient of the actor's action value over that of "
+            "its denoising loss, if training went on so; of the first model."
         ),
     )
     candidate_rows: list[list[str | float | int | None]] = []
