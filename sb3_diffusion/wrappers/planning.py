@@ -14,13 +14,13 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.plotting import BLUE, ORANGE
 
 MODES = ("follow", "residual", "goal")
 """What the action argument of ``step`` means."""
 GOAL_KEY = "desired_goal"
 """Key of the goal in the observations of goal environments; it is no part of the state."""
 
-_BLUE, _ORANGE = "#3b6ea5", "#d9822b"
 # The inset covers this share of the shorter side of a frame; below so many pixels nobody could read it.
 _INSET_SHARE, _MIN_INSET = 0.4, 80
 
@@ -741,7 +741,7 @@ def _add_inset(frame: np.ndarray, planned: np.ndarray, realised: np.ndarray, dim
     font_size = side / 25
     axis = figure.subplots()
     axis.set_facecolor("none")
-    for path, color, style, label in ((planned, _BLUE, "o--", "planned"), (realised, _ORANGE, "o-", "realised")):
+    for path, color, style, label in ((planned, BLUE, "o--", "planned"), (realised, ORANGE, "o-", "realised")):
         x, y = path.T if len(dims) == 2 else (np.arange(len(path)), path[:, 0])
         axis.plot(x, y, style, color=color, label=label, linewidth=side / 150, markersize=side / 100)
     labels = [f"dimension {dim}" for dim in dims] if len(dims) == 2 else ["step of the plan", f"dimension {dims[0]}"]
