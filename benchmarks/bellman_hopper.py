@@ -17,10 +17,10 @@ import numpy as np
 import torch as th
 from harness import RESULTS, WORK, describe, run, write_json, write_table
 from scipy.stats import bootstrap, spearmanr
-from update_cost import measure
 
 from sb3_diffusion import BellmanDiffusion, OfflineDataset, load_dataset
 from sb3_diffusion.evaluation import bootstrap_interval, evaluate
+from sb3_diffusion.evaluation.timing import median_milliseconds
 
 DATA, ENV_ID = "bench/hopper/medium-v0", "Hopper-v5"
 HELD_OUT = 0.1
@@ -173,7 +173,7 @@ def cost(dataset: OfflineDataset, options: argparse.Namespace) -> None:
         "action, 32 candidates of 32 futures, 1 observation": act(32, 32, one),
         "action, 32 candidates of 64 futures, 1 observation": act(32, 64, one),
     }
-    milliseconds = measure(parts, options.repetitions)
+    milliseconds = median_milliseconds(parts, options.repetitions)
     rows: list[list[str | float | int | None]] = [
         [name, round(value, 3), round(1e3 / value, 1)] for name, value in milliseconds.items()
     ]

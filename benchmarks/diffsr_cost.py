@@ -17,9 +17,9 @@ from typing import Any
 import torch as th
 from harness import RESULTS, write_table
 from stable_baselines3 import SAC
-from update_cost import measure
 
 from sb3_diffusion import DiffSR
+from sb3_diffusion.evaluation.timing import median_milliseconds
 
 ENV_ID = "HalfCheetah-v5"
 SMALL = "preset small"
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     def part(model: Any) -> Callable[[], object]:
         return lambda: model.learn(options.steps, log_interval=None, reset_num_timesteps=False)
 
-    milliseconds = measure({name: part(model) for name, model in models.items()}, options.repetitions, n_warm_up=2)
+    milliseconds = median_milliseconds({name: part(model) for name, model in models.items()}, options.repetitions, n_warm_up=2)
     rows: list[list[str | float | int | None]] = []
     for name, model in models.items():
         is_sac = isinstance(model, SAC)

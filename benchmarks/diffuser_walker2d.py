@@ -23,6 +23,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_diffusion import Diffuser, OfflineDataset, VecPlanningWrapper, load_dataset
 from sb3_diffusion.evaluation import EvaluationResult, bootstrap_interval, evaluate
+from sb3_diffusion.evaluation.timing import median_milliseconds
 
 DATA, ENV_ID, MAX_STEPS = "bench/walker2d/expert-v0", "Walker2d-v5", 1_000
 SETTINGS: dict[str, Any] = dict(
@@ -130,21 +131,6 @@ def measured(
         seconds = time.perf_counter() - start
         write_json(file, {**measure(result, dataset), "seconds": seconds, **result.to_dict()})
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def milliseconds_per_decision(model: Diffuser, observations: np.ndarray, n: int = 30) -> float:
-    """
-    :param model: trained model
-    :param observations: one per env
-    :param n: how often it is timed
-    :return: median time of planning for all of them
-    """
-    seconds = []
-    for _ in range(n):
-        start = time.perf_counter()
-        model.predict(observations)
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(seconds))
 
 
 def follow(model: Diffuser, n_action_steps: int, seed: int) -> dict[str, np.ndarray]:
@@ -311,9 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for sampler, n_steps in CHAINS:
         model.set_sampler(sampler, n_steps)
         numbers = point(f"1-{sampler}-{n_steps}", n_action_steps=1, guidance_scale=0.0)
-        times = [milliseconds_per_decision(model, dataset.observations[:n]) for n in (1, 64)]
+        one, many = dataset.observations[:1], dataset.observations[:64]
+        times = median_milliseconds({"1": lambda: model.predict(one), "64": lambda: model.predict(many)}, 30)  # noqa: B023
         interval = f"{numbers['return']:.0f} [{numbers['low']:.0f}, {numbers['high']:.0f}]"
-        chain_rows.append([sampler, n_steps, interval, f"{100 * numbers['fall_rate']:.0f} %", *times])
+        chain_rows.append([sampler, n_steps, interval, f"{100 * numbers['fall_rate']:.0f} %", *times.values()])
         print(*chain_rows[-1], sep="\t", flush=True)
     model.set_sampler("ddpm")
     for chain_row in chain_rows:

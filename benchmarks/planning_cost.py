@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from harness import RESULTS, write_table
-from update_cost import measure
+from update_cost import ACTION_DIM, OBSERVATION_DIM, random_data
 
 from sb3_diffusion import Diffuser
+from sb3_diffusion.evaluation.timing import median_milliseconds
 
-N_STEPS = 20_000
-OBSERVATION_DIM, ACTION_DIM = 17, 6
 HORIZON, BATCH_SIZE, GUIDANCE_SCALE = 32, 32, 0.1
 
 
@@ -95,14 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     th.set_num_threads(options.threads)
 
-    rng = np.random.default_rng(0)
-    data = dict(
-        observations=rng.normal(size=(N_STEPS, OBSERVATION_DIM)).astype(np.float32),
-        actions=rng.uniform(-1.0, 1.0, size=(N_STEPS, ACTION_DIM)).astype(np.float32),
-        rewards=rng.normal(size=N_STEPS).astype(np.float32),
-        terminals=np.zeros(N_STEPS, dtype=bool),
-        timeouts=np.arange(1, N_STEPS + 1) % 1_000 == 0,
-    )
+    data = random_data()
     model = Diffuser("MlpPolicy", "Walker2d-v5", dataset=data, horizon=HORIZON, batch_size=BATCH_SIZE, seed=0, device="cpu")
     model.learn(1, log_interval=None)
     planner = Diffuser(
@@ -126,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for decision in DECISIONS:
             if n_envs * decision.n_candidates <= options.max_windows:
                 parts[n_envs, decision] = decide(model, decision, data["observations"][:n_envs])
-    milliseconds = measure(parts, options.repetitions, n_warm_up=1)
+    milliseconds = median_milliseconds(parts, options.repetitions, n_warm_up=1)
     unit = milliseconds["matrix product"]
     rows: list[list[str | float | int | None]] = []
     for part, value in milliseconds.items():

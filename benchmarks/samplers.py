@@ -11,7 +11,6 @@ measured at each call.
 
 import argparse
 import json
-import time
 
 import numpy as np
 import torch as th
@@ -19,6 +18,7 @@ from harness import RESULTS, WORK, write_json, write_table
 
 from sb3_diffusion import DiffusionQL, OfflineDataset, load_dataset
 from sb3_diffusion.evaluation import bootstrap_interval, evaluate, interquartile_mean
+from sb3_diffusion.evaluation.timing import median_milliseconds
 
 DATASET, ENV = "bench/hopper/medium-v0", "Hopper-v5"
 RUNS = [f"DiffusionQL,_preset_locomotion,_n_sampling_steps=5-seed{seed}" for seed in range(3)]
@@ -38,21 +38,6 @@ CHAINS = [
 """Of one step, all samplers are the same: the denoised action."""
 CHOICES = [(1, "softmax"), (4, "softmax"), (10, "softmax"), (50, "softmax"), (10, "argmax"), (50, "argmax")]
 """Candidates and how one of them is chosen; 50 and softmax are the authors'."""
-
-
-def milliseconds_per_action(model: DiffusionQL, observations: np.ndarray, n: int = 200) -> float:
-    """
-    :param model: trained model
-    :param observations: one batch
-    :param n: how often it is timed
-    :return: median time of ``predict``
-    """
-    seconds = []
-    for _ in range(n):
-        start = time.perf_counter()
-        model.predict(observations)
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(seconds))
 
 
 def pull(model: DiffusionQL, batch_size: int = 4_096) -> float:
@@ -79,7 +64,9 @@ def costs(model: DiffusionQL, dataset: OfflineDataset) -> list[float]:
     :return: milliseconds for 1 and for 64 observations
     """
     assert isinstance(dataset.observations, np.ndarray)
-    return [round(milliseconds_per_action(model, batch), 3) for batch in (dataset.observations[0], dataset.observations[:64])]
+    one, many = dataset.observations[0], dataset.observations[:64]
+    times = median_milliseconds({"one": lambda: model.predict(one), "many": lambda: model.predict(many)}, n_repetitions=200)
+    return [round(value, 3) for value in times.values()]
 
 
 def score(models: dict[str, DiffusionQL], dataset: OfflineDataset, way: str, n_episodes: int, deterministic: bool) -> str:

@@ -8,7 +8,6 @@ Medians over interleaved repetitions, so that a machine that changes its speed c
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,29 +17,22 @@ from harness import RESULTS, write_table
 from stable_baselines3 import SAC
 
 from sb3_diffusion import DTQL, DiffusionQL
+from sb3_diffusion.evaluation.timing import median_milliseconds
 
-N_REPETITIONS = 60
 N_STEPS = 20_000
 OBSERVATION_DIM, ACTION_DIM = 17, 6
 
 
-def measure(
-    parts: dict[Any, Callable[[], object]], n_repetitions: int = N_REPETITIONS, n_warm_up: int = 5
-) -> dict[Any, float]:
-    """
-    :param parts: what to time, by name
-    :param n_repetitions: of all of them, one after the other
-    :param n_warm_up: before these, not counted
-    :return: median milliseconds of each
-    """
-    seconds: dict[Any, list[float]] = {name: [] for name in parts}
-    for repetition in range(n_repetitions + n_warm_up):
-        for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            if repetition >= n_warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
+def random_data() -> dict[str, Any]:
+    """:return: episodes of 1,000 random steps, of Walker2d's sizes"""
+    rng = np.random.default_rng(0)
+    return dict(
+        observations=rng.normal(size=(N_STEPS, OBSERVATION_DIM)).astype(np.float32),
+        actions=rng.uniform(-1.0, 1.0, size=(N_STEPS, ACTION_DIM)).astype(np.float32),
+        rewards=rng.normal(size=N_STEPS).astype(np.float32),
+        terminals=np.zeros(N_STEPS, dtype=bool),
+        timeouts=np.arange(1, N_STEPS + 1) % 1_000 == 0,
+    )
 
 
 def best_of(model: Any, n_action_samples: int) -> Any:
@@ -60,14 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     th.set_num_threads(parser.parse_args().threads)
 
-    rng = np.random.default_rng(0)
-    data = dict(
-        observations=rng.normal(size=(N_STEPS, OBSERVATION_DIM)).astype(np.float32),
-        actions=rng.uniform(-1.0, 1.0, size=(N_STEPS, ACTION_DIM)).astype(np.float32),
-        rewards=rng.normal(size=N_STEPS).astype(np.float32),
-        terminals=np.zeros(N_STEPS, dtype=bool),
-        timeouts=np.arange(1, N_STEPS + 1) % 1_000 == 0,
-    )
+    data = random_data()
     arguments: dict[str, Any] = dict(policy="MlpPolicy", env="Walker2d-v5", dataset=data, seed=0, device="cpu")
     dtql = DTQL(n_imitation_steps=0, **arguments).learn(1)
     diffusion_ql = DiffusionQL(n_imitation_steps=0, **arguments).learn(1)
@@ -89,7 +74,7 @@ def main() -> None:
         "DiffusionQL: action, 1 observation, 2 sampling steps": lambda: fast.predict(one),
         "SB3's SAC: action, 1 observation": lambda: sac.predict(one),
     }
-    milliseconds = measure(parts)
+    milliseconds = median_milliseconds(parts)
     unit = milliseconds["matrix product"]
     rows: list[list[str | float | int | None]] = [
         [name, round(value, 3), round(value / unit, 3)] for name, value in milliseconds.items()

@@ -369,20 +369,22 @@ class BellmanDiffusion(MeasureAlgorithm):
             self._fit_to_buffer(self.replay_buffer)
         self.policy.set_training_mode(True)
         self._update_learning_rate([network.optimizer for network in self.policy.trained_networks.values()])
+        distills = self.train_agent and self.agent == "distilled"
         for _ in range(gradient_steps):
             batch = self.sample_batch(batch_size)
             if self.scheme == "logged":
                 futures = self._logged_futures(batch)
                 self._minimize("measure", self._logged_loss(batch, futures))
-                rows, means = th.arange(len(futures), device=self.device), self._logged_means(futures)
+                rows = th.arange(len(futures), device=self.device)
+                means = self._logged_means(futures) if distills else None
             else:
                 chain = self._draw_chain(batch)
                 self._minimize("measure", self._measure_loss(batch, chain))
-                rows, means = chain.rows, self._flow_means(batch, chain)
+                rows, means = chain.rows, self._flow_means(batch, chain) if distills else None
             self._minimize("reward_model", self._reward_loss(batch))
             if self.train_agent:
                 self._minimize("behavior", self._behavior_loss(batch))
-                if self.agent == "rebrac":
+                if means is None:
                     self._train_rebrac(batch)
                 else:
                     self._minimize("value", self._value_loss(batch, rows, means))

@@ -133,8 +133,8 @@ class MeasureNetwork(Network):
     :param level_weighting: ``"uniform"``, or ``"ddpm"`` for the weights of the bound on the likelihood
     :param alive_flag: model whether the episode still runs
     :param horizon: number of steps that the finite-horizon form looks ahead, None for the discounted form
-    :param layer_norm: layer normalisation before each activation; without it the network hardly sees, for thousands of
-        updates, states that are narrow beside the spread of all states, and a bootstrapped measure stays blurred
+    :param layer_norm: layer normalisation before each activation; without it the network is slow to see states that are
+        narrow beside the spread of all states, and a bootstrapped measure stays blurred meanwhile
     :param average: keep a moving average of the weights
     :param kwargs: arguments of [Network][sb3_diffusion.common.policies.Network]
     """

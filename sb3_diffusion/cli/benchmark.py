@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json as json_format
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch as th
 
 from sb3_diffusion.cli.shared import (
@@ -24,6 +22,7 @@ from sb3_diffusion.cli.shared import (
     require,
 )
 from sb3_diffusion.evaluation.protocol import describe, environment, run, write_json
+from sb3_diffusion.evaluation.timing import median_milliseconds
 
 # Repetitions of what is timed, and those before that are not counted.
 N_REPETITIONS, N_WARM_UP = 30, 5
@@ -183,16 +182,7 @@ def _speed(model: Any) -> dict[str, Any]:
         "1_action": lambda: model.predict(one, deterministic=True),
         "64_actions": lambda: model.predict(many, deterministic=True),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for repetition in range(N_REPETITIONS + N_WARM_UP):
-        for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            if model.device.type == "cuda":
-                th.cuda.synchronize(model.device)
-            if repetition >= N_WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
-    milliseconds = {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
+    milliseconds = median_milliseconds(parts, N_REPETITIONS, N_WARM_UP, model.device)
     unit = milliseconds["matrix_product"]
     return {
         "batch_size": model.batch_size,
