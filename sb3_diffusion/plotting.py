@@ -37,6 +37,14 @@ def color_of(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
+def hide_edges(figure: Figure) -> None:
+    """
+    :param figure: whose panels lose their upper and right edge
+    """
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+
+
 def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
     """
     Write a figure without the upper and the right edge of its panels; folders are made.
@@ -47,7 +55,6 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
+    hide_edges(figure)
     figure.savefig(path, dpi=DPI)
     return path

@@ -15,6 +15,7 @@ from sb3_diffusion.evaluation.plots import (
     plot_performance_profiles,
 )
 from sb3_diffusion.evaluation.results import behavior_score, curve, episode_scores, read_runs, summarize
+from sb3_diffusion.plotting import hide_edges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,8 +179,7 @@ def _pictures(groups: dict[str, list[dict[str, Any]]], summaries: dict[str, dict
 
 
 def _data_uri(figure: Figure) -> str:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
+    hide_edges(figure)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sb3_diffusion.evaluation import bootstrap_interval, interquartile_mean
+from sb3_diffusion.plotting import color_of, new_figure, save_figure
 
 RESULTS_FILE, TABLE_FILE, CURVES_FILE = "results.json", "results.csv", "curves.csv"
 
@@ -158,21 +159,22 @@ class SweepResults:
             groups.setdefault(row["dataset"], {}).setdefault(line, []).append(row["trial"])
         figure, panels = _panels(len(groups))
         for axes, (dataset, lines) in zip(panels, groups.items(), strict=True):
-            for name, trials in lines.items():
+            for index, (name, trials) in enumerate(lines.items()):
                 by_step: dict[int, list[float]] = {}
                 for point in self.curves:
                     if point["trial"] in trials:
                         by_step.setdefault(point["timesteps"], []).append(point["score"])
                 steps = sorted(by_step)
-                (line,) = axes.plot(steps, [np.mean(by_step[step]) for step in steps], "o-", markersize=3, label=name)
+                means, color = [np.mean(by_step[step]) for step in steps], color_of(index)
+                axes.plot(steps, means, "o-", color=color, markersize=3, label=name)
                 low, high = ([pick(by_step[step]) for step in steps] for pick in (min, max))
-                axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+                axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
             axes.set_title(dataset or "online", fontsize="medium")
             axes.set(xlabel="timesteps", ylabel="score", xlim=(0, None))
             axes.grid(alpha=0.3)
             if len(lines) <= 12:
                 axes.legend(fontsize="x-small")
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path)
 
     def plot_hyperparameters(self, path: Path | str) -> None:
         """
@@ -197,18 +199,14 @@ class SweepResults:
             axes.set(xlabel=name, ylabel="score")
             axes.set_title(algo, fontsize="medium")
             axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=100)
+        save_figure(figure, path)
 
 
 def _panels(n: int) -> tuple[Any, list[Any]]:
-    """A figure of matplotlib, which draws without a display and without global state, and its panels."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'sb3-diffusion[plots]'.") from error
+    """A figure and its panels."""
     n_columns = min(3, n)
     n_rows = math.ceil(n / n_columns)
-    figure = Figure(figsize=(5 * n_columns, 3.5 * n_rows), layout="constrained")
+    figure = new_figure(5 * n_columns, 3.5 * n_rows)
     panels = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
     for unused in panels[n:]:
         unused.set_visible(False)
