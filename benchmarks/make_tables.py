@@ -17,12 +17,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from sb3_diffusion.evaluation import bootstrap_interval, interquartile_mean
+from sb3_diffusion.evaluation.plots import plot_learning_curves
 from sb3_diffusion.evaluation.report import format_number as number
-from sb3_diffusion.evaluation.results import behavior_score, is_normalized
+from sb3_diffusion.evaluation.results import behavior_score, curve, is_normalized
 from sb3_diffusion.evaluation.results import episode_scores as scores
+from sb3_diffusion.plotting import hide_edges
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,8 +110,8 @@ def runs_section(stem: str, content: dict[str, Any], docs: Path) -> str:
     every = [run for runs in groups.values() for run in runs]
     first = every[0]
     lines.append(
-        f"{first['n_eval_episodes']} episodes at each of {first['n_evaluations']} evaluations. Lines are means over seeds, "
-        "thin lines single seeds, the dashed line is the behaviour that made the data."
+        f"{first['n_eval_episodes']} episodes at each of {first['n_evaluations']} evaluations. Lines are interquartile means "
+        "over seeds with 95 % bootstrap bands, thin lines single seeds, the dashed line is the behaviour that made the data."
     )
     lines += ["", *provenance([run["environment"] for run in every], [c for run in every for c in run["commands"]]), ""]
     return "\n".join(lines)
@@ -192,29 +193,17 @@ def draw_curves(path: Path, groups: dict[str, list[dict[str, Any]]], title: str)
     :param groups: runs by name
     :param title: of the picture
     """
+    first = next(iter(groups.values()))[0]
+    behaviors = sorted({behavior_score(run, "mean") for runs in groups.values() for run in runs if run["behavior"]})
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "path"}):
-        figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-        axes = figure.subplots()
-        any_run = next(iter(groups.values()))[0]
-        for index, (name, runs) in enumerate(groups.items()):
-            color = f"C{index}"
-            curves = []
-            for run in runs:
-                timesteps = np.array([evaluation["timestep"] for evaluation in run["evaluations"]])
-                curves.append((timesteps, np.array([evaluation.mean() for evaluation in scores(run)])))
-                axes.plot(*curves[-1], color=color, alpha=0.3, linewidth=0.8)
-            if all(np.array_equal(timesteps, curves[0][0]) for timesteps, _ in curves):
-                mean = np.mean([curve for _, curve in curves], axis=0)
-                axes.plot(curves[0][0], mean, "o-", color=color, markersize=3, label=f"{name} ({len(runs)})")
-        behaviors = sorted({behavior_score(run, "mean") for runs in groups.values() for run in runs if run["behavior"]})
-        for value in behaviors:
-            axes.axhline(value, color="0.4", linestyle="--", linewidth=1)
-        unit = "normalised score (percent)" if is_normalized(any_run) else "return"
-        axes.set(xlabel="timesteps", ylabel=unit, title=title)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+        figure = plot_learning_curves(
+            {name: curve(runs) for name, runs in groups.items()},
+            title=title,
+            unit="normalised score (percent)" if is_normalized(first) else "return",
+            references={f"behaviour, {number(value)}": value for value in behaviors},
+        )
+        hide_edges(figure)
         figure.savefig(path, metadata={"Date": None})
 
 

@@ -185,7 +185,7 @@ class SweepResults:
         searched = {(row["algo"], name) for row in self.trials for name in row["params"]}
         figure, panels = _panels(len(searched))
         for axes, (algo, name) in zip(panels, sorted(searched), strict=True):
-            for dataset in dict.fromkeys(row["dataset"] for row in self.trials):
+            for index, dataset in enumerate(dict.fromkeys(row["dataset"] for row in self.trials)):
                 rows = [
                     row
                     for row in self.trials
@@ -193,7 +193,8 @@ class SweepResults:
                 ]
                 values = [row["params"][name] for row in rows]
                 numbers = all(isinstance(value, int | float) for value in values)
-                axes.plot(values if numbers else list(map(str, values)), [row["score"] for row in rows], "o", label=dataset)
+                shown = values if numbers else list(map(str, values))
+                axes.plot(shown, [row["score"] for row in rows], "o", color=color_of(index), label=dataset)
                 if numbers and min(values, default=0) > 0 and max(values, default=0) >= 20 * min(values, default=0):
                     axes.set_xscale("log")
             axes.set(xlabel=name, ylabel="score")
