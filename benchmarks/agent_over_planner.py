@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{100 * numbers['fall_rate']:.0f} %",
                 numbers["value_rate"],
                 numbers["deviation"],
-                numbers["seconds"],
+                None if coef is None else numbers["seconds"],
             ]
         )
         print(*rows[-1], sep="\t", flush=True)

@@ -201,7 +201,7 @@ def draw(traces: dict[int, dict[str, np.ndarray]], path: Path) -> None:
         ax = figure.add_subplot(grid[1, index])
         ax.plot(trace["realised"][:150, 0], color="0.4", label="realised")
         ax.plot(trace["planned"][:150, 0], ".", color=color, markersize=3, label="planned")
-        ax.set(xlabel="step of the first episode", title=f"{n_action_steps} executed", ylim=(0.75, 1.5))
+        ax.set(xlabel="step of the first episode", title=f"{n_action_steps} executed", ylim=(0.75, 1.6))
         ax.legend(fontsize="small")
         if index == 0:
             ax.set_ylabel("height of the torso (m)")
@@ -309,7 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model.set_planning(n_action_steps=1)
         times = median_milliseconds({"1": lambda: model.predict(one), "64": lambda: model.predict(many)}, 30)
         for n in (n for n in executed if n <= options.horizon):
-            numbers = point(f"{n}-{sampler}-{n_steps}", n_action_steps=n, guidance_scale=0.0)
+            name = f"{n}" if sampler == "ddpm" else f"{n}-{sampler}-{n_steps}"  # the whole chain is in the other table too
+            numbers = point(name, n_action_steps=n, guidance_scale=0.0)
             interval = f"{numbers['return']:.0f} [{numbers['low']:.0f}, {numbers['high']:.0f}]"
             falls = f"{100 * numbers['fall_rate']:.0f} %"
             chain_rows.append([sampler, n_steps, n, interval, falls, *times.values()])
