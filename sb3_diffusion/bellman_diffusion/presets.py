@@ -1,7 +1,7 @@
 """
 Published settings: those of the paper's version 2, by the authors' code (schrammlb2/Bellman-Diffusion-Offline-RL), and those
-of the same loss in arXiv 2503.09817, where it is called TD$^2$-DD (its noise rises to a rate of 20; ``"vp"`` ends at 10); and one
-of our own.
+of the same loss in arXiv 2503.09817, where it is called TD$^2$-DD (its noise rises to a rate of 20; ``"vp"`` ends at 10);
+and one of our own.
 """
 
 from typing import Any
