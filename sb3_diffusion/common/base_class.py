@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer, concat_samples
-from sb3_diffusion.common.compilation import COMPILE_CHOICES
+from sb3_diffusion.common.compilation import COMPILE_CHOICES, PRECISIONS, autocast
 from sb3_diffusion.common.policies import DiffusionPolicy
 from sb3_diffusion.common.savable import SavableAlgorithm
 from sb3_diffusion.common.utils import check_choice, check_range
@@ -98,6 +98,7 @@ class OfflineAlgorithm(SavableAlgorithm):
         means yes, unless the environment is a ``VecNormalize`` that does it
     :param policy_kwargs: arguments of the policy
     :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
+    :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
     :param tensorboard_log: folder of the TensorBoard log
     :param verbose: 0 silent, 1 information, 2 debug
@@ -138,6 +139,7 @@ class OfflineAlgorithm(SavableAlgorithm):
         normalize_observations: bool | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         compile: bool | str = False,
+        precision: str = "float32",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         verbose: int = 0,
@@ -153,6 +155,7 @@ class OfflineAlgorithm(SavableAlgorithm):
         check_range("n_pretrain_steps", n_pretrain_steps, 0)
         check_choice("reward_transform", reward_transform, (None, "normalize", "iql_locomotion", *REWARD_TRANSFORMS))
         check_choice("compile", compile, COMPILE_CHOICES)
+        check_choice("precision", precision, PRECISIONS)
         if env is not None:
             env = maybe_make_env(env, verbose)
             data = self._load_dataset(dataset, env) if dataset is not None else find_dataset(env)
@@ -189,6 +192,7 @@ class OfflineAlgorithm(SavableAlgorithm):
         self.n_pretrain_steps = n_pretrain_steps
         self.reward_transform = reward_transform
         self.compile = compile
+        self.precision = precision
         self._compiler_failed = False  # tells of this machine, not of the model
         if normalize_observations is None:
             normalize_observations = not self._observations_come_normalized()
@@ -613,6 +617,27 @@ class OfflineAlgorithm(SavableAlgorithm):
         while hasattr(env, "venv"):
             env = env.venv
         return [e.unwrapped for e in getattr(env, "envs", [])]
+
+    # ---------------------------------------------------------------- acting
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Act as the policy does, in the model's ``precision``.
+
+        :param observation: one observation or a batch of them
+        :param state: what the last call returned, of policies that have a state
+        :param episode_start: which rows begin an episode
+        :param deterministic: draw nothing at random
+        :return: actions in env units, and the next state
+        """
+        with autocast(self.precision, self.device):
+            return super().predict(observation, state, episode_start, deterministic)
 
     # ---------------------------------------------------------------- logging
 

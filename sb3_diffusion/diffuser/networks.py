@@ -106,6 +106,14 @@ def _add_products(out: list[th.Tensor], x: list[th.Tensor], weight: th.Tensor, t
         out[o][outs].addmm_(x[i][ins], matrix)
 
 
+def _as_autocast(x: th.Tensor, *weights: th.Tensor) -> tuple[th.Tensor, ...]:
+    """Products in place are not autocast by torch: all tensors in the type in which other products are made."""
+    device = x.device.type
+    if not th.is_autocast_enabled(device):
+        return x, *weights
+    return tuple(tensor.to(th.get_autocast_dtype(device)) for tensor in (x, *weights))
+
+
 class _ConvFunction(th.autograd.Function):
     """Bias plus the sum over taps of matrix products, and the products that are its derivatives."""
 
@@ -166,7 +174,7 @@ class TemporalConv(nn.Module):
         kernel_size = len(self.weight)
         n_out = (len(x) - 1) // self.stride + 1
         taps = _taps_of(len(x), n_out, x.shape[1], kernel_size, self.stride, kernel_size // 2)
-        return _ConvFunction.apply(x, self.weight, self.bias, n_out, taps)
+        return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps)
 
 
 class TemporalUpsample(nn.Module):
@@ -189,7 +197,7 @@ class TemporalUpsample(nn.Module):
         """
         n_out = 2 * len(x)
         taps = _taps_of(n_out, len(x), x.shape[1], kernel_size=4, stride=2, padding=1).swap()
-        return _ConvFunction.apply(x, self.weight, self.bias, n_out, taps)
+        return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps)
 
 
 class _GroupNormFunction(th.autograd.Function):
