@@ -10,6 +10,7 @@ Training goes on where it was stopped; rows that were measured are kept in ``ben
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compared", type=int, default=1_000, help="values that are compared with returns")
     parser.add_argument("--repetitions", type=int, default=30, help="of each cost")
     parser.add_argument("--gamma", type=float, default=0.99)
+    parser.add_argument("--preset", default="locomotion", help='"none" for the defaults, with a constant learning rate')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--cost", action="store_true", help="measure costs alone")
@@ -217,8 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.cost:
         cost(trained, options)
         return
-    name, curves = f"BellmanDiffusion, gamma {options.gamma:g}", RESULTS / "bellman_hopper_training.json"
+    constant = options.preset == "none"
+    name = f"BellmanDiffusion, {'' if constant else f'{options.preset}, '}gamma {options.gamma:g}"
+    curves = RESULTS / "bellman_hopper_training.json"
     describe(curves, f"BellmanDiffusion: {trained.name}", "Distilled actor, deterministic; nine tenths of the episodes.")
+
+    make = partial(BellmanDiffusion, "MlpPolicy") if constant else partial(BellmanDiffusion.from_preset, options.preset)
 
     def load(path: Path) -> BellmanDiffusion:
         return BellmanDiffusion.load(path, env=ENV_ID, dataset=trained, device="cpu")
@@ -226,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run(
         name,
         options.seed,
-        lambda: BellmanDiffusion("MlpPolicy", ENV_ID, dataset=trained, gamma=options.gamma, seed=options.seed, device="cpu"),
+        lambda: make(env=ENV_ID, dataset=trained, gamma=options.gamma, seed=options.seed, device="cpu"),
         load,
         options.updates,
         ENV_ID,
@@ -275,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ["acting", "episodes", "score", "gain over behaviour cloning"],
         rows,
         text=(
+            f"{'Defaults' if constant else f'Preset `{options.preset}`'}, "
             f"{options.updates:,} updates on nine tenths of the episodes, gamma {options.gamma:g}, seed {options.seed}, "
             f"{options.futures} futures per candidate; means with 95 % bootstrap intervals over episodes. Cloning draws "
             "single candidates of the same model.\n\n"

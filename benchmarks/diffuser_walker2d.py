@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=50, help="of each point")
     parser.add_argument("--executed", type=int, nargs="+", default=list(range(1, 9)), help="actions executed per plan")
     parser.add_argument(
-        "--guidance-scales", type=float, nargs="+", default=[0.1, 0.01, 0.001], help="with the most executed actions"
+        "--guidance-scales", type=float, nargs="*", default=[0.1, 0.01, 0.001], help="with the most executed actions"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch")

@@ -176,6 +176,7 @@ def batch_of(state: Any, action: Any, following: Any, next_action: Any, offsets:
         absorbed=th.zeros(n, 1),
         unknown=th.zeros(n, 1),
         step_rewards=th.zeros(n, 1),
+        n_future=column(steps),
     )
 
 
@@ -715,6 +716,7 @@ def test_offsets_follow_the_form() -> None:
         assert isinstance(model.dataset_buffer, FutureStateReplayBuffer)
         assert model.dataset_buffer.offset_distribution == model.replay_buffer.offset_distribution == distribution
         assert model.dataset_buffer.gamma == 0.8 and model.dataset_buffer.n_steps == model.n_steps
+        assert model.dataset_buffer.horizon == model.replay_buffer.horizon == model.horizon
 
 
 # ReBRAC with a penalty on the measure ---------------------------------------------------------------------------------

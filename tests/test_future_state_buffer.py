@@ -55,18 +55,24 @@ def check(buffer: FutureStateReplayBuffer, steps: dict[int, Rest]) -> None:
     offsets = samples.offsets[:, 0].tolist()
     assert min(offsets) >= 1 and samples.offsets.dtype == samples.steps_remaining.dtype == th.int64
     assert samples.steps_remaining[:, 0].tolist() == lengths
+    ended = [rest.ending == TERMINATES for rest in rests]
+    most = lengths
+    if buffer.offset_distribution == "n_step":
+        most = [min(n, buffer.n_steps) for n in lengths]
+    if buffer.horizon is not None:
+        most = [buffer.horizon if for_good else min(n, buffer.horizon) for n, for_good in zip(lengths, ended, strict=True)]
+    assert ((samples.n_future >= 1) & (samples.n_future <= th.tensor(most).unsqueeze(1))).all()
+    if buffer.horizon is None:
+        assert samples.n_future[:, 0].tolist() == most
     assert_equal(
         samples.future_observations,
         [rest.observations[: n + 1][min(k, n)] for rest, k, n in zip(rests, offsets, lengths, strict=True)],
     )
     beyond = [k > n for k, n in zip(offsets, lengths, strict=True)]
-    ended = [rest.ending == TERMINATES for rest in rests]
     assert samples.absorbed[:, 0].tolist() == [float(b and e) for b, e in zip(beyond, ended, strict=True)]
     assert samples.unknown[:, 0].tolist() == [float(b and not e) for b, e in zip(beyond, ended, strict=True)]
     if buffer.offset_distribution != "geometric":
-        assert not any(beyond)
-    if buffer.offset_distribution == "n_step":
-        assert max(offsets) <= buffer.n_steps
+        assert (samples.offsets <= samples.n_future).all()
     assert th.equal(samples.step_rewards, EpisodeReplayBuffer.gather(buffer, "rewards", index).unsqueeze(1))
     if buffer.n_steps == 1:
         assert th.equal(samples.step_rewards, samples.rewards)
@@ -110,8 +116,9 @@ def play(buffer: FutureStateReplayBuffer, events: list[Any]) -> Recorder:
     distribution=st.sampled_from(DISTRIBUTIONS),
     gamma=st.sampled_from([0.0, 0.5, 0.9]),
     n_steps=st.integers(1, 3),
+    horizon=st.sampled_from([None, 1, 4]),
 )
-def test_against_lists_of_episodes(cls, space, handle_timeouts, script, distribution, gamma, n_steps):
+def test_against_lists_of_episodes(cls, space, handle_timeouts, script, distribution, gamma, n_steps, horizon):
     """At any time, with wrap-around and several environments."""
     capacity, n_envs, events = script
     buffer = cls(
@@ -124,6 +131,7 @@ def test_against_lists_of_episodes(cls, space, handle_timeouts, script, distribu
         n_steps=n_steps,
         gamma=gamma,
         offset_distribution=distribution,
+        horizon=horizon if distribution == "uniform" else None,
         generator=th.Generator().manual_seed(0),
     )
     recorder = play(buffer, events)
@@ -165,7 +173,7 @@ def test_fields_shapes_and_types():
     assert FutureStateSamples._fields[: len(ReplayBufferSamples._fields)] == ReplayBufferSamples._fields
     shapes = {name: tuple(value.shape) for name, value in samples._asdict().items() if value is not None}
     states = dict.fromkeys(("observations", "next_observations", "future_observations"), (5, 3))
-    numbers = "dones rewards offsets steps_remaining has_next_actions absorbed unknown step_rewards".split()
+    numbers = "dones rewards offsets steps_remaining has_next_actions absorbed unknown step_rewards n_future".split()
     assert shapes == {**states, "actions": (5, 2), "next_actions": (5, 2), **dict.fromkeys(numbers, (5, 1))}
     both = concat_samples(samples, buffer.sample(2))
     assert both.offsets.shape == (7, 1) and both.offsets.dtype == th.int64 and both.discounts is None
@@ -175,7 +183,13 @@ def test_fields_shapes_and_types():
 
 
 def draws(
-    distribution: str, gamma: float, n: int, ending: int = TERMINATES, n_draws: int = 20_000, n_steps: int = 1
+    distribution: str,
+    gamma: float,
+    n: int,
+    ending: int = TERMINATES,
+    n_draws: int = 20_000,
+    n_steps: int = 1,
+    horizon: int | None = None,
 ) -> FutureStateSamples:
     """Samples that all start at the first step of an episode of n steps."""
     dataset, _ = make_dataset([2, n, 3], [TRUNCATES, ending, TERMINATES])
@@ -187,6 +201,7 @@ def draws(
         gamma=gamma,
         n_steps=n_steps,
         offset_distribution=distribution,
+        horizon=horizon,
         generator=th.Generator().manual_seed(n),
     )
     return buffer._get_samples(np.full(n_draws, 2))
@@ -225,6 +240,16 @@ def test_law_of_n_steps(n, n_steps):
     assert th.equal(samples.future_observations[:, 2:] - samples.observations[:, 2:], samples.offsets.float())
     if n_steps > 1:
         th.testing.assert_close(samples.discounts, th.full_like(samples.discounts, gamma**length))
+
+
+@pytest.mark.parametrize("n, ending, most", [(40, TRUNCATES, 6), (4, TRUNCATES, 4), (4, TERMINATES, 6)])
+def test_law_up_to_a_horizon(n, ending, most):
+    """All numbers of future states alike, and given one all offsets; after a termination they go on."""
+    samples = draws("uniform", 0.8, n, ending, horizon=6)
+    assert_distributed(samples.n_future, np.full(most, 1 / most))
+    for k in range(1, most + 1):
+        assert_distributed(samples.offsets[samples.n_future == k], np.full(k, 1 / k))
+    assert samples.absorbed.any().item() is (most > n) and not samples.unknown.any()
 
 
 def test_law_with_a_discount_close_to_one():
@@ -353,10 +378,10 @@ def test_files(tmp_path: Path, distribution):
 
 def test_file_of_a_dataset(tmp_path: Path):
     dataset, steps = make_dataset([5, 9], [TERMINATES, TRUNCATES])
-    buffer = FutureStateReplayBuffer.from_dataset(dataset, OBS, ACT, device="cpu", offset_distribution="uniform")
+    buffer = FutureStateReplayBuffer.from_dataset(dataset, OBS, ACT, device="cpu", offset_distribution="uniform", horizon=3)
     save_replay_buffer(buffer, tmp_path / "buffer")
     loaded = load_replay_buffer(tmp_path / "buffer", device="cpu")
-    assert isinstance(loaded, FutureStateReplayBuffer) and loaded.read_only
+    assert isinstance(loaded, FutureStateReplayBuffer) and loaded.read_only and loaded.horizon == 3
     assert_same(loaded, buffer)
     check(loaded, steps)
 
@@ -367,6 +392,8 @@ def test_bad_arguments():
         (dict(offset_distribution="geometric", gamma=1.0), "`gamma` must be below 1 for geometric offsets: got 1"),
         (dict(optimize_memory_usage=True, handle_timeout_termination=False), "last state of each episode"),
         (dict(n_steps=0), "`n_steps`"),
+        (dict(offset_distribution="uniform", horizon=0), "`horizon` must lie in"),
+        (dict(horizon=5), "`horizon` is for .*got 'truncated_geometric'"),
     ]:
         with pytest.raises(ValueError, match=message):
             FutureStateReplayBuffer(5, OBS, ACT, device="cpu", **kwargs)

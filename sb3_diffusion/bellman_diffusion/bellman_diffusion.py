@@ -87,8 +87,9 @@ class BellmanDiffusion(MeasureAlgorithm):
     :param dataset: logged data, see [load_dataset][sb3_diffusion.load_dataset]
     :param offline_fraction: share of each batch that comes from the dataset while fine-tuning, in [0, 1]
     :param n_pretrain_steps: gradient steps in which the actor imitates the data before it follows the value, offline
-    :param horizon: None learns the discounted measure; a number learns that of Algorithm 1, uniform over the states that
-        remain, told how many, from logged futures. Values are then sums over ``horizon`` steps without discount
+    :param horizon: None learns the discounted measure; a number learns that of Algorithm 1 from logged futures, uniform over
+        the next $n$ states, for all $n$ from 1 to ``horizon`` in equal shares. Values are then sums over ``horizon`` steps
+        without discount; value and actor are distilled from the mean over all $n$
     :param measured_policy: whose futures: ``"data"`` takes the logged next actions, the policy that made the data;
         ``"actor"`` those of the distilled actor, which improves while it learns (policy iteration)
     :param scheme: where the noisy states of the bootstrapped loss come from: ``"stopped"``, the target's reverse chain;
@@ -442,7 +443,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         :param means: samples of the mean reward over the measure, shape ``(n, 1)``
         """
         value = self.policy.value
-        mixture = self.policy.mixture(self.reward_fn is None, batch.steps_remaining[rows])
+        mixture = self.policy.mixture(self.reward_fn is None, batch.n_future[rows])
         targets = (mixture.first * batch.step_rewards[rows] + mixture.rest * means - value.mean) / value.std
         q, v = value(take_rows(batch.observations, rows), batch.actions[rows])
         return ((q - targets).square() + (v - targets).square()).mean()

@@ -126,11 +126,10 @@ class MeasureAlgorithm(OfflineAlgorithm):
         self.measure = self.policy.measure
 
     def _buffer_arguments(self) -> dict[str, Any]:
+        arguments = super()._buffer_arguments()
         if self.horizon is not None:
-            distribution = "uniform"
-        else:
-            distribution = "geometric" if self.n_steps == 1 else "n_step"
-        return dict(super()._buffer_arguments(), offset_distribution=distribution)
+            return dict(arguments, offset_distribution="uniform", horizon=self.horizon)
+        return dict(arguments, offset_distribution="geometric" if self.n_steps == 1 else "n_step")
 
     def _fit_statistics(self, data: OfflineDataset) -> None:
         super()._fit_statistics(data)
@@ -308,7 +307,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         $\eta_i \|f_{\bar\theta}(x_i, s', a', i, n - 1) - f_\theta(x_i, s, a, i, n)\|^2$ above. The branches get their
         shares from the law of the offsets.
         """
-        measure, target, steps = self.measure, self.measure.target, batch.steps_remaining
+        measure, target, steps = self.measure, self.measure.target, batch.n_future
         condition = measure.condition(batch.observations, batch.actions, steps)
         with th.no_grad():
             noisy = measure.denoiser.corrupt(futures, noise, levels)

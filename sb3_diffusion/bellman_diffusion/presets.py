@@ -1,11 +1,13 @@
 """
 Published settings: those of the paper's version 2, by the authors' code (schrammlb2/Bellman-Diffusion-Offline-RL), and those
-of the same loss in arXiv 2503.09817, where it is called TD$^2$-DD (its noise rises to a rate of 20; ``"vp"`` ends at 10).
+of the same loss in arXiv 2503.09817, where it is called TD$^2$-DD (its noise rises to a rate of 20; ``"vp"`` ends at 10); and one
+of our own.
 """
 
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
 VERSION_2: dict[str, Any] = dict(
@@ -22,7 +24,14 @@ Averages of the published code follow by 0.005 every second update. Its ten diff
 they draw conditional means instead of samples.
 """
 
+LOCOMOTION: dict[str, Any] = dict(
+    learning_rate=LinearSchedule(3e-4, 0.0, end_fraction=0.4),
+    default_total_timesteps=50_000,
+)
+"""Our own, as DTQL's of the same name: learning rates that end before the actor climbs values that overrate its actions."""
+
 PRESETS: dict[str, dict[str, Any]] = {
+    "locomotion": LOCOMOTION,
     "rebrac-states": dict(
         VERSION_2,
         prediction_type="sample",

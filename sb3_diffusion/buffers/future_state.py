@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_diffusion.buffers.samples import FutureStateSamples, Observations
 from sb3_diffusion.buffers.storage import EpisodeReplayBuffer
+from sb3_diffusion.common.utils import check_range
 
 OFFSET_DISTRIBUTIONS = ("truncated_geometric", "geometric", "uniform", "n_step")
 
@@ -33,7 +34,7 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
     | `"n_step"` | $(1-\gamma)\,\gamma^{k-1} / (1-\gamma^l)$ | $1 \le k \le l = \min(m, n)$, $m$ = ``n_steps`` |
 
     The first is what drawing a geometric offset anew until it lies inside of the episode gives. Within an episode,
-    ``future_observations`` is $s_{t+k}$. Only with `"geometric"` can $k$ be above $n$; it is then $s_T$, and
+    ``future_observations`` is $s_{t+k}$. Only with `"geometric"` or a ``horizon`` can $k$ be above $n$; it is then $s_T$, and
 
     - ``absorbed`` is 1 if the episode terminated: the state is $s_T$ for good. A model of states with an "alive" flag learns
       $s_T$ with the flag 1 at $k = n$ and 0 here.
@@ -42,7 +43,9 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
 
     For the finite-horizon recursion of arXiv 2407.12163v1, Algorithm 1, draw `"uniform"`: ``offsets == 1`` comes with
     probability $1/n$, and given ``offsets > 1`` the future state is one of the $n-1$ that follow ``next_observations``,
-    uniformly, on the path that goes on with ``next_actions``. `"geometric"` gives the same for the discounted measure, with
+    uniformly, on the path that goes on with ``next_actions``. There $n$ is large in long episodes; ``horizon`` $= h$ draws
+    it uniformly too, from $1$ to $\min(h, T - t)$, or to $h$ where the episode terminated and $s_T$ lasts for good.
+    ``n_future`` is the $n$ that was drawn. `"geometric"` gives the same for the discounted measure, with
     probability $1-\gamma$ for ``offsets == 1`` and no need of $n$; `"truncated_geometric"` for the discounted measure over
     the $n$ states alone, which a model has to be told. Tell the branches apart by ``offsets``, never by comparing states.
 
@@ -74,12 +77,14 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
     :param generator: of the random numbers. None makes one on ``device`` at its first use, seeded from torch's global
         generator.
     :param offset_distribution: one of the above
+    :param horizon: with `"uniform"`, the largest number of future states that offsets are drawn over; None for all
     :raises ValueError: if arguments are out of range or exclude each other
     """
 
     state_options: ClassVar[dict[str, Callable[[Any], Any]]] = {
         **EpisodeReplayBuffer.state_options,
         "offset_distribution": str,
+        "horizon": lambda horizon: None if horizon is None else int(horizon),
     }
 
     def __init__(
@@ -96,8 +101,10 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
         generator: th.Generator | None = None,
         *,
         offset_distribution: str = "truncated_geometric",
+        horizon: int | None = None,
     ) -> None:
         self.offset_distribution = offset_distribution
+        self.horizon = horizon
         super().__init__(
             buffer_size,
             observation_space,
@@ -126,8 +133,34 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
                 "`gamma` must be below 1 for geometric offsets: got 1; "
                 'lower it, or set `offset_distribution` to "uniform" or "truncated_geometric".'
             )
+        if self.horizon is not None:
+            check_range("horizon", self.horizon, 1)
+            if self.offset_distribution != "uniform":
+                raise ValueError(
+                    f'`horizon` is for `offset_distribution="uniform"`: got {self.offset_distribution!r}; leave it None.'
+                )
 
-    def draw_offsets(self, flat_index: th.Tensor | np.ndarray) -> th.Tensor:
+    def _draw_uniform(self, shape: th.Size) -> th.Tensor:
+        """:return: numbers in [0, 1), float64 of that shape, on ``device``"""
+        return th.rand(shape, generator=self.generator, device=self.generator.device, dtype=th.float64).to(self.device)
+
+    def draw_n_future(self, flat_index: th.Tensor | np.ndarray) -> th.Tensor:
+        r"""
+        Over how many future states offsets are drawn: $n$, or with a ``horizon`` a number up to it, drawn uniformly.
+
+        :param flat_index: of stored steps, any shape
+        :return: int64 of the same shape, on ``device``, at least 1
+        """
+        left = self.steps_remaining(flat_index)
+        if self.offset_distribution == "n_step":
+            return (left + 1).clamp(max=self.n_steps)
+        if self.horizon is None:
+            return left + 1
+        for_good = self.terminated(self.advance(flat_index, left)) > 0
+        most = (left + 1).clamp(max=self.horizon).masked_fill(for_good, self.horizon)
+        return th.minimum((self._draw_uniform(most.shape) * most).floor().long() + 1, most)
+
+    def draw_offsets(self, flat_index: th.Tensor | np.ndarray, n_future: th.Tensor | None = None) -> th.Tensor:
         r"""
         Draw how many steps ahead to look, by inverting the distribution function.
 
@@ -135,14 +168,11 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
         uniform on $(\gamma^n, 1]$.
 
         :param flat_index: of stored steps, any shape
+        :param n_future: over how many states; None draws it by `draw_n_future`
         :return: offsets $k \ge 1$, int64 of the same shape, on ``device``; the distribution is in the class docstring
         """
-        n_future = self.steps_remaining(flat_index) + 1
-        if self.offset_distribution == "n_step":
-            n_future = n_future.clamp(max=self.n_steps)
-        uniform = th.rand(n_future.shape, generator=self.generator, device=self.generator.device, dtype=th.float64).to(
-            self.device
-        )
+        n_future = self.draw_n_future(flat_index) if n_future is None else n_future
+        uniform = self._draw_uniform(n_future.shape)
         log_gamma = math.log(max(self.gamma, 1e-300))
         if self.offset_distribution == "uniform" or log_gamma == 0:
             offsets = uniform * n_future
@@ -189,7 +219,8 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
         :return: as `sample`
         """
         index = self.as_index(batch_inds)
-        offsets, left = self.draw_offsets(index), self.steps_remaining(index)
+        left, n_future = self.steps_remaining(index), self.draw_n_future(index)
+        offsets = self.draw_offsets(index, n_future)
         terminated = self.terminated(self.advance(index, left))
         next_actions, has_next_actions = self._next_actions(index, left)
         beyond = offsets > left + 1
@@ -203,6 +234,7 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
             absorbed=(beyond * terminated).unsqueeze(1),
             unknown=(beyond * (1 - terminated)).unsqueeze(1),
             step_rewards=self._step_rewards(index, env),
+            n_future=n_future.unsqueeze(1),
         )
 
     def _step_rewards(self, index: th.Tensor, env: VecNormalize | None) -> th.Tensor:

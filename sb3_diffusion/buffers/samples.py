@@ -58,6 +58,8 @@ class FutureStateSamples(NamedTuple):
     :ivar unknown: ``(n, 1)``, 1 where ``k`` is above ``steps_remaining`` and the episode was truncated or still runs: the
         future state is not known, only that it follows ``s_T``
     :ivar step_rewards: the reward of the first step alone, ``(n, 1)``; equal to ``rewards`` unless ``n_steps`` is above 1
+    :ivar n_future: how many future states the offset was drawn over, int64 ``(n, 1)``: ``steps_remaining``, unless the buffer
+        has a ``horizon`` or `"n_step"` offsets; a geometric offset can be above it
     """
 
     observations: Observations
@@ -74,6 +76,7 @@ class FutureStateSamples(NamedTuple):
     absorbed: th.Tensor
     unknown: th.Tensor
     step_rewards: th.Tensor
+    n_future: th.Tensor
 
 
 def concat_samples(first: SamplesT, second: SamplesT) -> SamplesT:
