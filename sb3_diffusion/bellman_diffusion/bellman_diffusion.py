@@ -22,6 +22,7 @@ from sb3_diffusion.bellman_diffusion.policies import (
 from sb3_diffusion.bellman_diffusion.presets import PRESETS
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
+from sb3_diffusion.common.compilation import accelerated
 from sb3_diffusion.common.policies import take_rows
 from sb3_diffusion.common.schedules import log_logistic_sigmas
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
@@ -123,6 +124,8 @@ class BellmanDiffusion(MeasureAlgorithm):
     :param max_grad_norm: largest norm of the gradient of each network; None for no bound
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
         means yes, unless the environment is a ``VecNormalize`` that does it. Modelled states are normalised in any case
+    :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
+    :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
     :param tensorboard_log: folder of the TensorBoard log
     :param policy_kwargs: arguments of
@@ -190,6 +193,8 @@ class BellmanDiffusion(MeasureAlgorithm):
         max_weight: float = 100.0,
         max_grad_norm: float | None = None,
         normalize_observations: bool | None = None,
+        compile: bool | str = False,
+        precision: str = "float32",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -253,6 +258,8 @@ class BellmanDiffusion(MeasureAlgorithm):
             n_pretrain_steps=n_pretrain_steps,
             normalize_observations=normalize_observations,
             policy_kwargs=policy_kwargs,
+            compile=compile,
+            precision=precision,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -398,6 +405,7 @@ class BellmanDiffusion(MeasureAlgorithm):
 
     # ---------------------------------------------------------------- the distilled agent
 
+    @accelerated
     def _behavior_loss(self, batch: FutureStateSamples) -> th.Tensor:
         r"""$E[w(\sigma) \|D(a + \sigma \epsilon, \sigma | s) - a\|^2]$ (arXiv 2206.00364, eq. 2)."""
         uniform = th.rand(len(batch.actions), generator=self.generator, device=self.device)
@@ -425,6 +433,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         r"""$R(s_{t+k})$: one sample of $E_{d(\cdot | s, a)}[R]$ per row."""
         return self.policy.state_rewards(futures, self.reward_fn)
 
+    @accelerated
     def _value_loss(self, batch: FutureStateSamples, rows: th.Tensor, means: th.Tensor) -> th.Tensor:
         r"""
         $E[(q(s, a) - q)^2] + E[(v(s) - q)^2]$, with $q$ the value per step that a sample of the measure gives, standardised.
@@ -439,6 +448,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         q, v = value(take_rows(batch.observations, rows), batch.actions[rows])
         return ((q - targets).square() + (v - targets).square()).mean()
 
+    @accelerated
     def _actor_loss(self, batch: FutureStateSamples) -> th.Tensor:
         r"""
         $-E[\min(e^{(q(s, a) - v(s)) / \lambda}, w_{max}) \log \pi(a | s)]$ (arXiv 1910.00177, algorithm 1), the weights
@@ -471,6 +481,7 @@ class BellmanDiffusion(MeasureAlgorithm):
             self._minimize("actor", self._rebrac_actor_loss(batch, *drawn))
             self.policy.update_targets(self.critic_tau)
 
+    @accelerated
     def _critic_loss(self, batch: FutureStateSamples, noise: th.Tensor) -> th.Tensor:
         r"""
         $E[(Q_j(s, a) - r - \gamma (\min_j \bar Q_j(s', \tilde a) - \beta_2 \|\tilde a - a'\|^2))^2]$ with
@@ -489,6 +500,7 @@ class BellmanDiffusion(MeasureAlgorithm):
             targets = rewards + self.gamma * (1.0 - batch.dones) * values
         return (policy.critic(batch.observations, batch.actions) - targets).square().mean()
 
+    @accelerated
     def _rebrac_actor_loss(
         self, batch: FutureStateSamples, start: th.Tensor, noise: th.Tensor, levels: th.Tensor
     ) -> th.Tensor:
@@ -535,6 +547,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         errors = (target.denoiser.net(noisy, condition, levels) - goals).square()
         return known * target.level_weights[levels] * errors.mean(dim=1)
 
+    @accelerated
     def _state_model_loss(self, batch: FutureStateSamples, noise: th.Tensor, levels: th.Tensor) -> th.Tensor:
         r"""$E[\eta_i \|\epsilon - g(x_i, i)\|^2]$ with noise on all states $s'$ of the data."""
         measure = self.measure

@@ -11,6 +11,7 @@ from sb3_diffusion.bellman_diffusion.policies import BellmanDiffusionPolicy, Rew
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
+from sb3_diffusion.common.compilation import accelerated
 from sb3_diffusion.common.policies import take_rows
 from sb3_diffusion.common.utils import check_choice, check_range, minimize
 from sb3_diffusion.datasets import OfflineDataset
@@ -188,9 +189,11 @@ class MeasureAlgorithm(OfflineAlgorithm):
         optimizer = self.policy.trained_networks[name].optimizer
         self._add_loss(f"{name}_loss", minimize(optimizer, loss, self.max_grad_norm))
 
+    @th.compiler.disable
     def _draw_normal(self, *shape: int) -> th.Tensor:
         return th.randn(shape, generator=self.generator, device=self.device)
 
+    @th.compiler.disable
     def _draw_levels(self, *shape: int) -> th.Tensor:
         """Sampling levels with equal probability: the same law in both losses, or their shares would not be kept."""
         levels = self.measure.sampling_levels
@@ -227,6 +230,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
             noisy = target.denoiser.corrupt(repeated, self._draw_normal(*repeated.shape), levels)
         return Chain(rows, condition, noisy, levels, clean)
 
+    @accelerated
     def _measure_loss(self, batch: FutureStateSamples, chain: Chain) -> th.Tensor:
         r"""
         $(1 - \gamma) L_1 + \gamma L_2$: both branches of the Bellman equation in their shares (arXiv 2407.12163v1), after
@@ -296,6 +300,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         """Algorithm 1 of arXiv 2407.12163v1, with noise and levels drawn here."""
         return self._offset_loss(batch, futures, self._draw_normal(*futures.shape), self._draw_levels(len(futures)))
 
+    @accelerated
     def _offset_loss(self, batch: FutureStateSamples, futures: th.Tensor, noise: th.Tensor, levels: th.Tensor) -> th.Tensor:
         r"""
         At the noised future $x_i$ of offset $k$: $\eta_i \|\epsilon - f_\theta(x_i, s, a, i, n)\|^2$ for $k = 1$, and
@@ -315,6 +320,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
 
     # ---------------------------------------------------------------- rewards
 
+    @accelerated
     def _reward_loss(self, batch: FutureStateSamples) -> th.Tensor:
         r"""$E[(\hat r(s, a) - r)^2] + E[(\bar r(s) - r)^2]$, and $\bar r = 0$ in terminal states, in units of their spread."""
         model, coder = self.policy.reward_model, self.measure.coder

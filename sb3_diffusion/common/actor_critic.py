@@ -115,6 +115,7 @@ class ActorCriticAlgorithm(OfflineAlgorithm):
         self.policy.update_critic_target(self.tau)
         polyak_update(self._batch_norm_stats, self._batch_norm_stats_target, 1.0)
 
+    @th.compiler.disable
     def _draw_normal(self, observations: PyTorchObs) -> th.Tensor:
         shape = (n_rows(observations), self.actor.action_dim)
         return th.randn(shape, generator=self.generator, device=self.device)

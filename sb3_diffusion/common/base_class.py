@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer, concat_samples
+from sb3_diffusion.common.compilation import COMPILE_CHOICES, PRECISIONS, autocast
 from sb3_diffusion.common.policies import DiffusionPolicy
 from sb3_diffusion.common.savable import SavableAlgorithm
 from sb3_diffusion.common.utils import check_choice, check_range
@@ -96,6 +97,8 @@ class OfflineAlgorithm(SavableAlgorithm):
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
         means yes, unless the environment is a ``VecNormalize`` that does it
     :param policy_kwargs: arguments of the policy
+    :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
+    :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
     :param tensorboard_log: folder of the TensorBoard log
     :param verbose: 0 silent, 1 information, 2 debug
@@ -135,6 +138,8 @@ class OfflineAlgorithm(SavableAlgorithm):
         reward_transform: str | None = None,
         normalize_observations: bool | None = None,
         policy_kwargs: dict[str, Any] | None = None,
+        compile: bool | str = False,
+        precision: str = "float32",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         verbose: int = 0,
@@ -149,6 +154,8 @@ class OfflineAlgorithm(SavableAlgorithm):
         check_range("offline_fraction", offline_fraction, 0.0, 1.0)
         check_range("n_pretrain_steps", n_pretrain_steps, 0)
         check_choice("reward_transform", reward_transform, (None, "normalize", "iql_locomotion", *REWARD_TRANSFORMS))
+        check_choice("compile", compile, COMPILE_CHOICES)
+        check_choice("precision", precision, PRECISIONS)
         if env is not None:
             env = maybe_make_env(env, verbose)
             data = self._load_dataset(dataset, env) if dataset is not None else find_dataset(env)
@@ -184,6 +191,9 @@ class OfflineAlgorithm(SavableAlgorithm):
         self.offline_fraction = offline_fraction
         self.n_pretrain_steps = n_pretrain_steps
         self.reward_transform = reward_transform
+        self.compile = compile
+        self.precision = precision
+        self._compiler_failed = False  # tells of this machine, not of the model
         if normalize_observations is None:
             normalize_observations = not self._observations_come_normalized()
         self.normalize_observations = normalize_observations
@@ -257,6 +267,11 @@ class OfflineAlgorithm(SavableAlgorithm):
                 f"{type(self).__name__} needs to know the spaces: pass an environment as `env`, or logged data as `dataset`."
             )
         self._check_single_normalization()
+        if self.compile == "cuda_graphs" and self.device.type != "cuda":
+            warnings.warn(
+                f"There are no CUDA graphs on {self.device.type}: losses are compiled without them, as with `compile=True`.",
+                stacklevel=3,
+            )
         self._setup_lr_schedule()
         self.generator = th.Generator(device=self.device)
         self.acting_generator = th.Generator()
@@ -603,12 +618,35 @@ class OfflineAlgorithm(SavableAlgorithm):
             env = env.venv
         return [e.unwrapped for e in getattr(env, "envs", [])]
 
+    # ---------------------------------------------------------------- acting
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Act as the policy does, in the model's ``precision``.
+
+        :param observation: one observation or a batch of them
+        :param state: what the last call returned, of policies that have a state
+        :param episode_start: which rows begin an episode
+        :param deterministic: draw nothing at random
+        :return: actions in env units, and the next state
+        """
+        with autocast(self.precision, self.device):
+            return super().predict(observation, state, episode_start, deterministic)
+
     # ---------------------------------------------------------------- logging
 
+    @th.compiler.disable
     def _add_loss(self, name: str, loss: th.Tensor) -> None:
         """Add a detached scalar to the mean that the next log shows; nothing is read from the device before that."""
         total, count = self._loss_sums.get(name, (None, 0))
-        self._loss_sums[name] = (loss if total is None else total + loss, count + 1)
+        # A copy, as a CUDA graph writes its next loss where the last one lay
+        self._loss_sums[name] = (loss.clone() if total is None else total + loss, count + 1)
 
     def _record_losses(self) -> None:
         for name, (total, count) in self._loss_sums.items():
@@ -620,4 +658,4 @@ class OfflineAlgorithm(SavableAlgorithm):
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "dataset", "dataset_buffer", "_loss_sums"]
+        return [*super()._excluded_save_params(), "dataset", "dataset_buffer", "_loss_sums", "_compiler_failed"]

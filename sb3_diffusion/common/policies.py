@@ -203,7 +203,7 @@ class Actor(Network, BasePolicy):
         :return: actions in [-1, 1], shape ``(batch_size, action_dim)``
         """
         actor = self.averaged if self.averaged is not None and self.acts_with_average else self
-        return actor(observations, latents)
+        return actor(observations, latents).float()  # under autocast too
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.act(observation, self.latents(n_rows(observation), deterministic))

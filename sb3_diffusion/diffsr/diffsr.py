@@ -14,6 +14,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer
 from sb3_diffusion.common.base_class import OfflineAlgorithm
+from sb3_diffusion.common.compilation import accelerated
 from sb3_diffusion.common.utils import check_choice, check_range, minimize
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffsr.linear import LinearFit, fit_linear
@@ -135,6 +136,8 @@ class DiffSR(OfflineAlgorithm):
     :param max_grad_norm: largest norm of the gradient of each optimiser; None for no bound
     :param normalize_observations: normalise vector observations by statistics of the data, kept in the policy; None means yes,
         unless the environment is a ``VecNormalize`` that does it
+    :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
+    :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
     :param tensorboard_log: folder of the TensorBoard log
     :param policy_kwargs: arguments of [DiffSRPolicy][sb3_diffusion.diffsr.policies.DiffSRPolicy]
@@ -206,6 +209,8 @@ class DiffSR(OfflineAlgorithm):
         feature_learning_rate: float | Schedule | None = 1e-4,
         max_grad_norm: float | None = None,
         normalize_observations: bool | None = None,
+        compile: bool | str = False,
+        precision: str = "float32",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -266,6 +271,8 @@ class DiffSR(OfflineAlgorithm):
             reward_transform=reward_transform,
             normalize_observations=normalize_observations,
             policy_kwargs=policy_kwargs,
+            compile=compile,
+            precision=precision,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -432,6 +439,7 @@ class DiffSR(OfflineAlgorithm):
     def _minimize(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
         self._add_loss(name, minimize(optimizer, loss, self.max_grad_norm))
 
+    @th.compiler.disable
     def _draw_normal(self, *shape: int) -> th.Tensor:
         return th.randn(shape, generator=self.generator, device=self.device)
 
@@ -447,6 +455,7 @@ class DiffSR(OfflineAlgorithm):
 
     # ---------------------------------------------------------------- losses
 
+    @accelerated
     def _feature_loss(self, batch: Batch, noise: th.Tensor, level: th.Tensor) -> th.Tensor:
         r"""
         $E[\|\psi(s, a)^\top \zeta(\tilde s, k) - \epsilon\|^2] + c_r E[(\hat r(\psi(s, a)) - r)^2]$ with
@@ -472,6 +481,7 @@ class DiffSR(OfflineAlgorithm):
         errors = feature_errors(self.feature_loss, f, noise, sigma, self.noise_scale, self.feature_dim)
         return errors.sum(dim=1).mean()
 
+    @accelerated
     def _critic_loss(self, batch: Batch) -> th.Tensor:
         r"""
         $\sum_i E[(Q_i(\bar\psi(s, a)) - r - \gamma (\min_j \bar Q_j(\bar\psi(s', a')) - \alpha \log \pi(a'|s')))^2]$, and the
@@ -525,6 +535,7 @@ class DiffSR(OfflineAlgorithm):
         self._add_loss("exploration_bonus", bonus.mean())
         return bonus
 
+    @accelerated
     def _actor_loss(self, batch: Batch, actions: th.Tensor, log_prob: th.Tensor | None) -> th.Tensor:
         r"""
         $E[\alpha \log \pi(a|s) - Q(\bar\psi(s, a))]$ at the actor's $a$; $Q$ is the mean (TD3) or minimum (SAC) of the $Q_i$.

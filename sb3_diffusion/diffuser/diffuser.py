@@ -14,6 +14,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.buffers import EpisodeReplayBuffer, TrajectoryReplayBuffer, TrajectorySamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
+from sb3_diffusion.common.compilation import accelerated, autocast
 from sb3_diffusion.common.utils import check_choice, check_range, minimize, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffuser.policies import (
@@ -146,6 +147,8 @@ class Diffuser(OfflineAlgorithm):
     :param max_grad_norm: largest norm of the gradient of each network; None for no bound
     :param normalize_observations: normalise observations in the policy; None means yes, unless the environment is a
         ``VecNormalize`` that does it. Actions are normalised in any case.
+    :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
+    :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
     :param tensorboard_log: folder of the TensorBoard log
     :param policy_kwargs: arguments of [DiffuserPolicy][sb3_diffusion.diffuser.policies.DiffuserPolicy]
@@ -226,6 +229,8 @@ class Diffuser(OfflineAlgorithm):
         ema_interval: int = 1,
         max_grad_norm: float | None = None,
         normalize_observations: bool | None = None,
+        compile: bool | str = False,
+        precision: str = "float32",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -283,6 +288,8 @@ class Diffuser(OfflineAlgorithm):
             offline_fraction=offline_fraction,
             normalize_observations=normalize_observations,
             policy_kwargs=policy_kwargs,
+            compile=compile,
+            precision=precision,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -476,18 +483,22 @@ class Diffuser(OfflineAlgorithm):
         states = self.actor.layout.states(batch.observations)
         return self.actor.window_normalizer(th.cat([batch.actions, states], dim=-1))
 
+    @th.compiler.disable
     def _draw_levels(self, n: int) -> th.Tensor:
         return th.randint(self.n_diffusion_steps, (n,), generator=self.generator, device=self.device)
 
+    @th.compiler.disable
     def _draw_noise(self, windows: th.Tensor) -> th.Tensor:
         return th.randn(windows.shape, generator=self.generator, device=self.device)
 
+    @accelerated
     def _planner_loss(self, windows: th.Tensor, batch: TrajectorySamples) -> th.Tensor:
         r"""$E[w_{hc} \|\epsilon_\theta(x_i, i) - \mathrm{target}\|^2]$ with the given entries clean (section 3.1)."""
         errors = self.actor.loss(windows, self._draw_noise(windows), self._draw_levels(len(windows)))
         counts = th.ones_like(batch.mask) if self.count_padding else th.maximum(batch.mask, batch.terminated)
         return (errors * self._loss_weights).mean(dim=-1).mul(counts).sum() / counts.sum()
 
+    @accelerated
     def _value_loss(self, value: TrajectoryValue, windows: th.Tensor, batch: TrajectorySamples) -> th.Tensor:
         r"""$E[(J_\phi(x_i, i) - \sum_t \gamma^t r_t)^2]$, the returns being normalised (section 3.2)."""
         level = self._draw_levels(len(windows))
@@ -538,7 +549,7 @@ class Diffuser(OfflineAlgorithm):
                 )
             goal = np.broadcast_to(goal, (n, *shape)).copy()
         seeds = policy.draw_seeds(n) if seed is None else np.random.default_rng(seed).integers(2**62, size=n)
-        with th.no_grad():
+        with th.no_grad(), autocast(self.precision, self.device):
             condition = self.actor.condition(tensors, None if goal is None else th.as_tensor(goal, device=self.device))
             latents = policy.latents(seeds, n_candidates, deterministic)
             windows, values = policy.plan_windows(condition, latents)

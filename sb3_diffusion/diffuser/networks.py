@@ -63,7 +63,6 @@ class _Taps(NamedTuple):
         return _Taps(self.out_stride, self.in_stride, tuple((o, outs, i, ins) for i, ins, o, outs in self.meetings))
 
 
-@lru_cache(maxsize=1024)
 def _taps(n_in: int, n_out: int, batch_size: int, kernel_size: int, stride: int, padding: int) -> _Taps:
     """Output ``h`` meets input ``stride * h + tap - padding``; outside the window there is nothing to meet."""
     meetings = []
@@ -75,6 +74,14 @@ def _taps(n_in: int, n_out: int, batch_size: int, kernel_size: int, stride: int,
         ins = slice(batch_size * (first + shift), batch_size * (last + shift))
         meetings.append((part, ins, 0, slice(batch_size * first, batch_size * last)))
     return _Taps(stride, 1, tuple(meetings))
+
+
+_cached_taps = lru_cache(maxsize=1024)(_taps)
+
+
+def _taps_of(*shape: int, **options: int) -> _Taps:
+    """Made once for each shape, also by a compiler, which keeps them itself and cannot look into the cache."""
+    return _taps(*shape, **options) if th.compiler.is_compiling() else _cached_taps(*shape, **options)
 
 
 def _split(x: th.Tensor, stride: int) -> list[th.Tensor]:
@@ -97,6 +104,14 @@ def _add_products(out: list[th.Tensor], x: list[th.Tensor], weight: th.Tensor, t
     """Adds to the parts of the output, in place, the product of each tap with the rows of the input that it meets."""
     for matrix, (i, ins, o, outs) in zip(weight.unbind(0), taps.meetings, strict=True):
         out[o][outs].addmm_(x[i][ins], matrix)
+
+
+def _as_autocast(x: th.Tensor, *weights: th.Tensor) -> tuple[th.Tensor, ...]:
+    """Products in place are not autocast by torch: all tensors in the type in which other products are made."""
+    device = x.device.type
+    if not th.is_autocast_enabled(device):
+        return x, *weights
+    return tuple(tensor.to(th.get_autocast_dtype(device)) for tensor in (x, *weights))
 
 
 class _ConvFunction(th.autograd.Function):
@@ -158,8 +173,8 @@ class TemporalConv(nn.Module):
         """
         kernel_size = len(self.weight)
         n_out = (len(x) - 1) // self.stride + 1
-        taps = _taps(len(x), n_out, x.shape[1], kernel_size, self.stride, kernel_size // 2)
-        return _ConvFunction.apply(x, self.weight, self.bias, n_out, taps)
+        taps = _taps_of(len(x), n_out, x.shape[1], kernel_size, self.stride, kernel_size // 2)
+        return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps)
 
 
 class TemporalUpsample(nn.Module):
@@ -181,8 +196,8 @@ class TemporalUpsample(nn.Module):
         :return: shape ``(2 * horizon, batch_size, width)``
         """
         n_out = 2 * len(x)
-        taps = _taps(n_out, len(x), x.shape[1], kernel_size=4, stride=2, padding=1).swap()
-        return _ConvFunction.apply(x, self.weight, self.bias, n_out, taps)
+        taps = _taps_of(n_out, len(x), x.shape[1], kernel_size=4, stride=2, padding=1).swap()
+        return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps)
 
 
 class _GroupNormFunction(th.autograd.Function):

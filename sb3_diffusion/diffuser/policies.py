@@ -559,7 +559,7 @@ class DiffuserPolicy(DiffusionPolicy):
         if self.value is None:
             return windows, windows.new_full((len(windows),), float("nan"))
         clean = th.zeros(1, dtype=th.long, device=windows.device)
-        values = self.value.guide(windows, repeated, clean).reshape(-1, n)
+        values = self.value.guide(windows, repeated, clean).float().reshape(-1, n)
         best = values.argmax(dim=1)
         rows = th.arange(len(condition), device=windows.device)
         return windows.reshape(-1, n, *windows.shape[1:])[rows, best], values[rows, best]

@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
+from sb3_diffusion.common.compilation import accelerated
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
 from sb3_diffusion.diffusion_ql.policies import (
     CnnPolicy,
@@ -103,6 +104,8 @@ class DiffusionQL(ActorCriticAlgorithm):
         transitions; ``action_noise`` replaces it
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
         means yes, unless the environment is a ``VecNormalize`` that does it
+    :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
+    :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
     :param tensorboard_log: folder of the TensorBoard log
     :param policy_kwargs: arguments of [DiffusionQLPolicy][sb3_diffusion.diffusion_ql.policies.DiffusionQLPolicy]
@@ -168,6 +171,8 @@ class DiffusionQL(ActorCriticAlgorithm):
         max_grad_norm: float | None = None,
         exploration_noise: float = 0.1,
         normalize_observations: bool | None = None,
+        compile: bool | str = False,
+        precision: str = "float32",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -213,6 +218,8 @@ class DiffusionQL(ActorCriticAlgorithm):
             exploration_noise=exploration_noise,
             max_grad_norm=max_grad_norm,
             policy_kwargs=policy_kwargs,
+            compile=compile,
+            precision=precision,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -294,11 +301,13 @@ class DiffusionQL(ActorCriticAlgorithm):
         decay = self.ema_decay if self.ema_start > 0 else warmed_up_decay(self.ema_decay, self._n_updates + 1)
         self.actor.update_average(decay)
 
+    @th.compiler.disable
     def _draw_latents(self, n: int) -> th.Tensor:
         return th.randn(n, *self.actor.latent_shape, generator=self.generator, device=self.device)
 
     # ---------------------------------------------------------------- losses
 
+    @accelerated
     def _critic_loss(self, batch: Batch) -> th.Tensor:
         r"""$\sum_k E[(r + \gamma \min_k Q'_k(s', a') - Q_k(s, a))^2]$ with $a' \sim \pi_{\theta'}(\cdot | s')$ (eq. 4)."""
         with th.no_grad():
@@ -344,6 +353,7 @@ class DiffusionQL(ActorCriticAlgorithm):
             q_values = self.critic.q_values(features, batch.actions)
         return q_values.abs().mean().clamp(min=MIN_Q_SCALE)
 
+    @accelerated
     def _actor_loss(self, batch: Batch) -> th.Tensor:
         r"""$L(\theta) = L_d(\theta) + \eta L_q(\theta)$ (eq. 3); $L_d$ alone while it imitates."""
         features = self.actor.features(batch.observations)

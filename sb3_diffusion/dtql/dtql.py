@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
+from sb3_diffusion.common.compilation import accelerated
 from sb3_diffusion.common.policies import ActionDenoiser, QCritic
 from sb3_diffusion.common.schedules import log_logistic_sigmas
 from sb3_diffusion.common.utils import check_choice, check_range, expectile_loss
@@ -111,6 +112,8 @@ class DTQL(ActorCriticAlgorithm):
     :param max_grad_norm: largest norm of the gradient of each network; None for no bound
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
         means yes, unless the environment is a ``VecNormalize`` that does it
+    :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
+    :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
     :param tensorboard_log: folder of the TensorBoard log
     :param policy_kwargs: arguments of [DTQLPolicy][sb3_diffusion.dtql.policies.DTQLPolicy]
@@ -178,6 +181,8 @@ class DTQL(ActorCriticAlgorithm):
         exploration_noise: float = 0.2,
         max_grad_norm: float | None = None,
         normalize_observations: bool | None = None,
+        compile: bool | str = False,
+        precision: str = "float32",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -227,6 +232,8 @@ class DTQL(ActorCriticAlgorithm):
             exploration_noise=exploration_noise,
             max_grad_norm=max_grad_norm,
             policy_kwargs=policy_kwargs,
+            compile=compile,
+            precision=precision,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -318,12 +325,14 @@ class DTQL(ActorCriticAlgorithm):
         weight = max(0.01, 1.0 / (self._n_updates + 1))
         self.policy.advantage_scale.lerp_(advantages.std(correction=0), weight)
 
+    @th.compiler.disable
     def _draw_sigma(self, n: int) -> th.Tensor:
         uniform = th.rand(n, generator=self.generator, device=self.device)
         return log_logistic_sigmas(uniform, self.sigma_data, self.sigma_min, self.sigma_max)
 
     # ---------------------------------------------------------------- losses
 
+    @accelerated
     def _critic_loss(self, batch: Batch) -> tuple[th.Tensor, th.Tensor]:
         r"""
         $L_V + L_Q$ (eqs. 6 and 7): $L_V = E[L_2^\tau(\min_i Q_i(s, a) - V(s))]$ and
@@ -343,6 +352,7 @@ class DTQL(ActorCriticAlgorithm):
         q_loss = (q_values - targets).square().mean(dim=(1, 2)).sum()
         return value_loss + q_loss, advantages.detach()
 
+    @accelerated
     def _behavior_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         r"""$L(\phi) = E[w(\sigma) \|\mu_\phi(a + \sigma\epsilon, \sigma | s) - a\|^2]$ (eq. 2), a mean over dimensions."""
         noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
@@ -365,6 +375,7 @@ class DTQL(ActorCriticAlgorithm):
             direction = (fake - real) / (actions - real).abs().mean(dim=-1, keepdim=True).clamp(min=1e-6)
         return 0.5 * F.mse_loss(actions, (actions - direction).detach())
 
+    @accelerated
     def _fake_behavior_loss(self, observations: PyTorchObs) -> th.Tensor:
         """Eq. 2 for the diffusion model of the actor's actions."""
         with th.no_grad():
@@ -372,6 +383,7 @@ class DTQL(ActorCriticAlgorithm):
         noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
         return self.fake_behavior.loss(observations, actions, noise, sigma).mean()
 
+    @accelerated
     def _actor_loss(self, batch: Batch) -> th.Tensor:
         r"""$L_\pi(\theta) = \alpha L_{TR}(\theta) - E[\min_i Q_i(s, a_\theta)]$ (eq. 5), and the entropy term if asked for."""
         actions = self.actor(batch.observations, self._draw_normal(batch.observations))
@@ -395,6 +407,7 @@ class DTQL(ActorCriticAlgorithm):
         assert isinstance(self.actor, GaussianActor)
         return -self.actor.log_prob(batch.observations, batch.actions, self.nll_jacobian).mean()
 
+    @accelerated
     def _imitation_loss(self, batch: Batch) -> th.Tensor:
         """What an imitating actor learns: the data's actions if it has a likelihood, else the trust region alone."""
         if isinstance(self.actor, GaussianActor):

@@ -1,0 +1,79 @@
+"""How losses are run: as they are written or compiled, in full precision or with products of bfloat16."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch as th
+
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
+COMPILE_CHOICES = (False, True, "cuda_graphs")
+"""Values of the argument ``compile`` of every algorithm."""
+
+PRECISIONS = ("float32", "bfloat16")
+"""Values of the argument ``precision`` of every algorithm."""
+
+
+def autocast(precision: str, device: th.device) -> AbstractContextManager[Any]:
+    """
+    :param precision: one of ``PRECISIONS``
+    :param device: where the tensors are
+    :return: context in which matrix products are made in that precision
+    """
+    return th.autocast(device.type, dtype=th.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def accelerated(method: MethodT) -> MethodT:
+    """
+    Mark a method of an algorithm, a function of tensors, to be run in the model's ``precision``, and by ``torch.compile``
+    where the model asks for it. What it returns, a tensor or a tuple of them, is float32 in either precision.
+
+    The marked method is compiled, not a network: modules and their ``state_dict`` stay as they are. Without a working
+    compiler the method is run as it is written from then on, after one warning of the model.
+
+    :param method: method of an [OfflineAlgorithm][sb3_diffusion.OfflineAlgorithm]
+    :return: the same method, choosing at each call
+    """
+
+    def run_in_precision(self: Any, *args: Any) -> Any:
+        if self.precision == "float32":
+            return _run(method, self, *args)
+        with autocast(self.precision, self.device):
+            result = _run(method, self, *args)
+        return tuple(part.float() for part in result) if isinstance(result, tuple) else result.float()
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any) -> Any:
+        return method(self, *args) if th.compiler.is_compiling() else run_in_precision(self, *args)
+
+    return run  # type: ignore[return-value]
+
+
+def _run(method: Callable[..., Any], self: Any, *args: Any) -> Any:
+    if not self.compile or self._compiler_failed:
+        return method(self, *args)
+    with_graphs = self.compile == "cuda_graphs" and self.device.type == "cuda"
+    before = self.generator.get_state()  # what a failed run has drawn is drawn again by the next one
+    try:
+        return _compiled(method, "reduce-overhead" if with_graphs else None)(self, *args)
+    except th._dynamo.exc.TorchDynamoException as error:
+        self._compiler_failed = True
+        warnings.warn(
+            f"Losses cannot be compiled here and run as they are written: {_first_line(error)} "
+            "Install a C++ compiler (or Triton, for a GPU), or set `compile=False`.",
+            stacklevel=3,
+        )
+        self.generator.set_state(before)
+        return method(self, *args)
+
+
+@functools.cache
+def _compiled(method: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    return th.compile(method, mode=mode)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") + "."

@@ -1,0 +1,101 @@
+"""Compiled losses: equal to those that run as written, absent from files, and given up where there is no compiler."""
+
+import functools
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from algos import ALGOS, VARIANTS, AlgoSpec
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+
+from sb3_diffusion import DTQL, OfflineDataset
+from sb3_diffusion.common import compilation
+
+N_UPDATES = 3
+
+
+def first_is_quick(specs: list[AlgoSpec]) -> list[Any]:
+    """Compiling takes many seconds: one algorithm stands for all in the quick suite."""
+    return [pytest.param(s, id=s.name, marks=[pytest.mark.expensive] if i > 0 else []) for i, s in enumerate(specs)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Each test compiles anew."""
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    th.compiler.reset()
+    counters.clear()
+    compilation._compiled.cache_clear()
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's graphs and derivatives, without the minutes that machine code takes."""
+    monkeypatch.setattr(th, "compile", functools.partial(th.compile, backend="aot_eager"))
+
+
+def assert_same_updates(spec: AlgoSpec, data: OfflineDataset) -> None:
+    eager, compiled = (spec.make(dataset=data, compile=compile).learn(N_UPDATES) for compile in (False, True))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not compiled._compiler_failed
+    expected, got = eager.policy.state_dict(), compiled.policy.state_dict()
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        th.testing.assert_close(got[name], value, rtol=1e-3, atol=2e-5, msg=lambda message, name=name: f"{name}: {message}")
+
+
+@pytest.mark.parametrize("spec", first_is_quick(VARIANTS))
+def test_updates_are_the_same(spec: AlgoSpec, box_dataset: OfflineDataset, traced: None) -> None:
+    assert_same_updates(spec, box_dataset)
+
+
+@pytest.mark.expensive
+def test_updates_are_the_same_in_machine_code(spec: AlgoSpec, box_dataset: OfflineDataset) -> None:
+    assert_same_updates(spec, box_dataset)
+
+
+@pytest.mark.parametrize("spec", first_is_quick(ALGOS))
+def test_files(spec: AlgoSpec, box_dataset: OfflineDataset, traced: None, tmp_path: Path) -> None:
+    model = spec.make(dataset=box_dataset, compile=True).learn(1)
+    model.save(tmp_path / "model")
+    loaded = spec.cls.load(tmp_path / "model", dataset=box_dataset)
+    plain = spec.cls.load(tmp_path / "model", dataset=box_dataset, compile=False)
+    assert (loaded.compile, plain.compile) == (True, False)
+    plain.set_parameters(model.get_parameters())
+    loaded.learn(1, reset_num_timesteps=False)
+    plain.learn(1, reset_num_timesteps=False)
+    for got, expected in zip(loaded.policy.parameters(), plain.policy.parameters(), strict=True):
+        th.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("spec", first_is_quick(ALGOS))
+def test_without_a_compiler(spec: AlgoSpec, box_dataset: OfflineDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    model = spec.make(dataset=box_dataset, compile=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(N_UPDATES)
+    assert sum("cannot be compiled" in str(warning.message) for warning in caught) == 1
+    eager = spec.make(dataset=box_dataset).learn(N_UPDATES)
+    for got, expected in zip(model.policy.parameters(), eager.policy.parameters(), strict=True):
+        assert th.equal(got, expected)
+
+
+def test_choices(box_dataset: OfflineDataset) -> None:
+    arguments: dict[str, Any] = dict(dataset=box_dataset, device="cpu", policy_kwargs=dict(net_arch=[8]))
+    with pytest.raises(ValueError, match="compile"):
+        DTQL("MlpPolicy", None, compile="fast", **arguments)
+    with pytest.warns(UserWarning, match="no CUDA graphs on cpu"):
+        model = DTQL("MlpPolicy", None, compile="cuda_graphs", **arguments)
+    assert np.isfinite(model.predict(box_dataset.observations[:2])[0]).all()
