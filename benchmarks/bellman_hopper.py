@@ -1,7 +1,7 @@
 """
 BellmanDiffusion on Hopper data of middling quality: values against Monte Carlo, agents against behaviour cloning, and cost.
 
-    python benchmarks/bellman_hopper.py
+    python benchmarks/bellman_hopper.py --seeds 0 1
     python benchmarks/bellman_hopper.py --cost      # the table of costs alone
 
 Training goes on where it was stopped; rows that were measured are kept in ``benchmarks/work``.
@@ -24,6 +24,7 @@ from sb3_diffusion.evaluation import bootstrap_interval, evaluate
 from sb3_diffusion.evaluation.timing import median_milliseconds
 
 DATA, ENV_ID = "bench/hopper/medium-v0", "Hopper-v5"
+CURVES = RESULTS / "bellman_hopper_training.json"
 HELD_OUT = 0.1
 """Share of the episodes, the last ones, that values are compared on and that nothing is trained on."""
 MONTE_CARLO_STEPS = 500
@@ -193,6 +194,85 @@ def cost(dataset: OfflineDataset, options: argparse.Namespace) -> None:
     )
 
 
+def load(path: Path, dataset: OfflineDataset) -> BellmanDiffusion:
+    """
+    :param path: of a checkpoint
+    :param dataset: that it learns from
+    :return: the model
+    """
+    return BellmanDiffusion.load(path, env=ENV_ID, dataset=dataset, device="cpu")
+
+
+def train(name: str, dataset: OfflineDataset, seed: int, options: argparse.Namespace) -> Path:
+    """
+    Train what is not trained.
+
+    :param name: of the line in the figure
+    :param dataset: to learn from
+    :param seed: of the run
+    :param options: of the command line
+    :return: folder of the checkpoint
+    """
+    build: Callable[..., BellmanDiffusion] = (
+        BellmanDiffusion if options.preset == "none" else partial(BellmanDiffusion.from_preset, options.preset)
+    )
+    run(
+        name,
+        seed,
+        lambda: build(policy="MlpPolicy", env=ENV_ID, dataset=dataset, gamma=options.gamma, seed=seed, device="cpu"),
+        lambda path: load(path, dataset),
+        options.updates,
+        ENV_ID,
+        CURVES,
+        n_evaluations=options.evaluations,
+        dataset=dataset,
+    )
+    return WORK / CURVES.stem / f"{name}-seed{seed}".replace(" ", "_")
+
+
+def scores_of_agents(
+    model: BellmanDiffusion, folder: Path, dataset: OfflineDataset, seed: int, options: argparse.Namespace
+) -> list[list[str | float | int | None]]:
+    """
+    :param model: trained model
+    :param folder: where scores are kept
+    :param dataset: that it has learned from, for the reference scores
+    :param seed: of the run
+    :param options: of the command line
+    :return: rows of the table: the distilled actor, candidates, cloning
+    """
+    agents: dict[str, tuple[Any, int, int]] = {
+        "distilled actor": (model, 1, options.episodes),
+        f"best of {options.candidates} candidates": (model, options.candidates, options.candidate_episodes),
+        "behaviour cloning by diffusion": (Cloning(model), 1, options.episodes),
+    }
+    scores: dict[str, np.ndarray] = {}
+    for label, (agent, n_candidates, n_episodes) in agents.items():
+
+        def play(agent: Any = agent, n_candidates: int = n_candidates, n_episodes: int = n_episodes) -> dict[str, Any]:
+            model.set_acting(n_candidates, options.futures)
+            model.set_random_seed(seed)
+            return evaluate(
+                agent, ENV_ID, n_episodes, deterministic=agent is model, seed=1_000 * seed, dataset=dataset
+            ).to_dict()
+
+        found = kept(folder / f"{label.replace(' ', '_')}-{n_episodes}.json", play)
+        scores[label] = np.array(found["normalized_scores"])
+        print(label, scores[label].mean(), flush=True)
+    cloned = scores["behaviour cloning by diffusion"]
+    rows: list[list[str | float | int | None]] = []
+    for label, score in scores.items():
+        low, high = bootstrap_interval(score, statistic="mean")
+        gain = None
+        if score is not cloned:
+            interval = bootstrap(
+                (score, cloned), lambda x, y, axis=-1: x.mean(axis=axis) - y.mean(axis=axis), method="percentile", rng=0
+            ).confidence_interval
+            gain = f"{score.mean() - cloned.mean():.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+        rows.append([label, seed, len(score), f"{score.mean():.1f} [{low:.1f}, {high:.1f}]", gain])
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """
     Train what is not trained, measure what is not measured, then write the tables.
@@ -210,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=30, help="of each cost")
     parser.add_argument("--gamma", type=float, default=0.99)
     parser.add_argument("--preset", default="locomotion", help='"none" for the defaults, with a constant learning rate')
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--cost", action="store_true", help="measure costs alone")
     options = parser.parse_args(arguments)
@@ -221,75 +301,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     constant = options.preset == "none"
     name = f"BellmanDiffusion, {'' if constant else f'{options.preset}, '}gamma {options.gamma:g}"
-    curves = RESULTS / "bellman_hopper_training.json"
-    describe(curves, f"BellmanDiffusion: {trained.name}", "Distilled actor, deterministic; nine tenths of the episodes.")
-
-    make = partial(BellmanDiffusion, "MlpPolicy") if constant else partial(BellmanDiffusion.from_preset, options.preset)
-
-    def load(path: Path) -> BellmanDiffusion:
-        return BellmanDiffusion.load(path, env=ENV_ID, dataset=trained, device="cpu")
-
-    run(
-        name,
-        options.seed,
-        lambda: make(env=ENV_ID, dataset=trained, gamma=options.gamma, seed=options.seed, device="cpu"),
-        load,
-        options.updates,
-        ENV_ID,
-        curves,
-        n_evaluations=options.evaluations,
-        dataset=trained,
-    )
-    folder = WORK / curves.stem / f"{name}-seed{options.seed}".replace(" ", "_")
-    model = load(folder / "checkpoint.zip")
-    compared = kept(
-        folder / f"values-{options.compared}.json", lambda: values_against_returns(model, held_out, options.compared, 128)
-    )
-    print(compared, flush=True)
-    agents: dict[str, tuple[Any, int, int]] = {
-        "distilled actor": (model, 1, options.episodes),
-        f"best of {options.candidates} candidates": (model, options.candidates, options.candidate_episodes),
-        "behaviour cloning by diffusion": (Cloning(model), 1, options.episodes),
-    }
-    scores: dict[str, np.ndarray] = {}
-    for label, (agent, n_candidates, n_episodes) in agents.items():
-
-        def play(agent: Any = agent, n_candidates: int = n_candidates, n_episodes: int = n_episodes) -> dict[str, Any]:
-            model.set_acting(n_candidates, options.futures)
-            model.set_random_seed(options.seed)
-            return evaluate(
-                agent, ENV_ID, n_episodes, deterministic=agent is model, seed=1_000 * options.seed, dataset=trained
-            ).to_dict()
-
-        found = kept(folder / f"{label.replace(' ', '_')}-{n_episodes}.json", play)
-        scores[label] = np.array(found["normalized_scores"])
-        print(label, scores[label].mean(), flush=True)
-    cloned = scores["behaviour cloning by diffusion"]
+    describe(CURVES, f"BellmanDiffusion: {trained.name}", "Distilled actor, deterministic; nine tenths of the episodes.")
     rows: list[list[str | float | int | None]] = []
-    for label, score in scores.items():
-        low, high = bootstrap_interval(score, statistic="mean")
-        gain = None
-        if score is not cloned:
-            interval = bootstrap(
-                (score, cloned), lambda x, y, axis=-1: x.mean(axis=axis) - y.mean(axis=axis), method="percentile", rng=0
-            ).confidence_interval
-            gain = f"{score.mean() - cloned.mean():.1f} [{interval.low:.1f}, {interval.high:.1f}]"
-        rows.append([label, len(score), f"{score.mean():.1f} [{low:.1f}, {high:.1f}]", gain])
+    errors: list[str] = []
+    for seed in options.seeds:
+        folder = train(name, trained, seed, options)
+        model = load(folder / "checkpoint.zip", trained)
+        compared = kept(
+            folder / f"values-{options.compared}.json", partial(values_against_returns, model, held_out, options.compared, 128)
+        )
+        errors.append(f"Seed {seed}: " + ", ".join(f"{key} {value:.3g}" for key, value in compared.items()) + ".")
+        print(errors[-1], flush=True)
+        rows.extend(scores_of_agents(model, folder, trained, seed, options))
     write_table(
         RESULTS / "bellman_hopper.json",
         f"BellmanDiffusion: values and agents, {trained.name}",
-        ["acting", "episodes", "score", "gain over behaviour cloning"],
+        ["acting", "seed", "episodes", "score", "gain over behaviour cloning"],
         rows,
         text=(
             f"{'Defaults' if constant else f'Preset `{options.preset}`'}, "
-            f"{options.updates:,} updates on nine tenths of the episodes, gamma {options.gamma:g}, seed {options.seed}, "
+            f"{options.updates:,} updates on nine tenths of the episodes, gamma {options.gamma:g}, "
             f"{options.futures} futures per candidate; means with 95 % bootstrap intervals over episodes. Cloning draws "
             "single candidates of the same model.\n\n"
             f"Values of {options.compared:,} logged actions of the held-out episodes against the discounted sum of the "
-            "rewards that followed: "
-            + ", ".join(f"{key} {value:.3g}" for key, value in compared.items())
-            + ". A return is one draw, so "
-            "that even exact values have an error."
+            f"rewards that followed. {' '.join(errors)} A return is one draw, so that even exact values have an error."
         ),
     )
 
