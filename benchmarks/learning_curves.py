@@ -1,11 +1,13 @@
 """
-The algorithms on real data: offline on two Hopper datasets, offline to online on Hopper-v5, online alone on Pendulum-v1.
+The algorithms and baselines on real data: offline on Hopper and Walker2d, offline to online on Hopper-v5, online alone on
+Pendulum-v1.
 
 Run from the root of the repository, for instance
 
     python benchmarks/learning_curves.py hopper-medium --algo dtql --seeds 0 1 2
     python benchmarks/learning_curves.py hopper-medium --algo dtql --preset hopper-medium   # the published settings
     python benchmarks/learning_curves.py hopper-medium --algo dtql --set n_steps=5 expectile=0.9
+    python benchmarks/learning_curves.py hopper-medium --algo td3_bc --seeds 0 1 2   # a baseline; the other one is bc
     python benchmarks/learning_curves.py fine-tune --algo dtql      # goes on from the checkpoint of hopper-medium
     python benchmarks/learning_curves.py pendulum --algo diffusion_ql
 
@@ -20,11 +22,18 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from baselines import TD3BC, BehaviorCloning, TD3BCPolicy
 from harness import RESULTS, WORK, describe, run
 
 from sb3_diffusion import ALGORITHMS, OfflineAlgorithm, load_dataset
 
-DATASETS = {"hopper-medium": "bench/hopper/medium-v0", "hopper-medium-expert": "hopper-medium-expert-v2"}
+DATASETS = {
+    "hopper-medium": ("bench/hopper/medium-v0", "Hopper-v5"),
+    "hopper-medium-expert": ("hopper-medium-expert-v2", "Hopper-v5"),
+    "walker2d-expert": ("bench/walker2d/expert-v0", "Walker2d-v5"),
+}
+"""Data and environment of each offline task."""
+CLASSES: dict[str, type[OfflineAlgorithm]] = {**ALGORITHMS, "td3_bc": TD3BC, "bc": BehaviorCloning}
 OFFLINE_STEPS = 50_000
 FINE_TUNING_STEPS = 20_000
 PENDULUM_STEPS = 30_000
@@ -40,14 +49,14 @@ class Setting:
     """
     What is run: an algorithm with its defaults, or with the settings of a preset.
 
-    :param algo: key of ``ALGORITHMS``
+    :param algo: key of ``CLASSES``
     :param preset: name of a preset, in the place of the defaults
     :param changes: constructor arguments that win over both, as ``name=literal``
     """
 
     def __init__(self, algo: str, preset: str | None, changes: list[str]) -> None:
         self.algo, self.preset = algo, preset
-        self.cls: type[OfflineAlgorithm] = ALGORITHMS[algo]
+        self.cls = CLASSES[algo]
         pairs = [change.split("=", maxsplit=1) for change in changes]
         self.changes = {name: ast.literal_eval(value) for name, value in pairs}
         words = [self.cls.__name__, *([] if preset is None else [f"preset {preset}"]), *changes]
@@ -63,6 +72,16 @@ class Setting:
         if self.preset is not None:
             return self.cls.from_preset(self.preset, env, **kwargs)
         return self.cls("MlpPolicy", env, **kwargs)  # type: ignore[call-arg]
+
+    def load(self, path: Path, **kwargs: Any) -> OfflineAlgorithm:
+        """
+        :param path: of a checkpoint
+        :param kwargs: further arguments of ``load``
+        :return: the model
+        """
+        if issubclass(self.cls, TD3BC):  # a file brings no code of its own
+            kwargs["custom_objects"] = {"policy_class": TD3BCPolicy}
+        return self.cls.load(path, **kwargs)
 
 
 def actions_per_second(model: OfflineAlgorithm, n: int = 300) -> float:
@@ -90,16 +109,17 @@ def offline(task: str, setting: Setting, seed: int, steps: int) -> None:
     :param seed: seed of the run
     :param steps: gradient steps
     """
-    dataset = load_dataset(DATASETS[task])
+    name, env_id = DATASETS[task]
+    dataset = load_dataset(name)
     result_file = RESULTS / f"{task.replace('-', '_')}.json"
     describe(result_file, f"Offline: {dataset.name}", f"{steps:,} gradient steps; {PROTOCOL}.")
     run(
         setting.name,
         seed,
-        lambda: setting.make("Hopper-v5", dataset=dataset, seed=seed),
-        lambda path: setting.cls.load(path, env="Hopper-v5", dataset=dataset),
+        lambda: setting.make(env_id, dataset=dataset, seed=seed),
+        lambda path: setting.load(path, env=env_id, dataset=dataset),
         steps,
-        "Hopper-v5",
+        env_id,
         result_file,
         dataset=dataset,
         about=lambda model: {"actions_per_second": actions_per_second(model)},
@@ -114,13 +134,13 @@ def fine_tune(setting: Setting, seed: int, steps: int) -> None:
     :param seed: seed of the offline run
     :param steps: env steps
     """
-    dataset = load_dataset(DATASETS["hopper-medium"])
+    dataset = load_dataset(DATASETS["hopper-medium"][0])
     result_file = RESULTS / "fine_tune.json"
     text = f"{OFFLINE_STEPS:,} gradient steps on {dataset.name} before, then {steps:,} env steps on Hopper-v5; {PROTOCOL}."
     describe(result_file, "Offline to online: Hopper-v5", text)
 
     def load(path: Path) -> OfflineAlgorithm:
-        return setting.cls.load(path, env="Hopper-v5", dataset=dataset)
+        return setting.load(path, env="Hopper-v5", dataset=dataset)
 
     def start() -> OfflineAlgorithm:
         folder = f"{setting.name}-seed{seed}".replace(" ", "_")
@@ -157,7 +177,7 @@ def pendulum(setting: Setting, seed: int, steps: int) -> None:
         setting.name,
         seed,
         lambda: setting.make("Pendulum-v1", seed=seed, **PENDULUM_SETTINGS[setting.algo]),
-        lambda path: setting.cls.load(path, env="Pendulum-v1"),
+        lambda path: setting.load(path, env="Pendulum-v1"),
         steps,
         "Pendulum-v1",
         result_file,
@@ -169,7 +189,7 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=[*DATASETS, "fine-tune", "pendulum"])
-    parser.add_argument("--algo", choices=list(ALGORITHMS), default="dtql")
+    parser.add_argument("--algo", choices=list(CLASSES), default="dtql")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="in the place of the protocol's")
     parser.add_argument("--preset", help="name of a preset, in the place of the defaults")

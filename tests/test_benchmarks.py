@@ -3,7 +3,9 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import baselines
 import gymnasium as gym
 import harness
 import make_tables
@@ -189,3 +191,16 @@ def test_numbers(value: float, text: str):
 def test_uneven_rows_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="Each row must have 2 values"):
         harness.write_table(tmp_path / "x.json", "x", ["a", "b"], [["only one"]])
+
+
+@pytest.mark.parametrize(("cls", "loss"), [(baselines.BehaviorCloning, "_actor_loss"), (baselines.TD3BC, "_critic_loss")])
+def test_baselines_learn_and_come_back(cls: Any, loss: str, dataset: OfflineDataset, tmp_path: Path) -> None:
+    model = cls("MlpPolicy", None, dataset=dataset, gamma=0.5, batch_size=32, learning_rate=3e-3, seed=0, device="cpu")
+    before = getattr(model, loss)(model.sample_batch(60)).item()
+    model.learn(200)
+    assert getattr(model, loss)(model.sample_batch(60)).item() < 0.8 * before
+    with pytest.warns(UserWarning, match="by name only"):
+        model.save(tmp_path / "model")
+    loaded = cls.load(tmp_path / "model", custom_objects={"policy_class": baselines.TD3BCPolicy})
+    observations = dataset.observations[:5]
+    assert np.array_equal(loaded.predict(observations)[0], model.predict(observations)[0])
