@@ -20,6 +20,7 @@ from harness import RESULTS, WORK, write_json, write_table
 from known_measures import N_DATA, Law, as_dataset, chain_data, chain_law, linear_data, linear_law, ring_data, ring_law
 from scipy.spatial.distance import cdist
 from scipy.stats import spearmanr, wasserstein_distance
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_diffusion import BellmanDiffusion, OfflineDataset
 from sb3_diffusion.evaluation import bootstrap_interval
@@ -228,6 +229,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "logged": dict(scheme="logged"),
     "4 steps of the log": dict(n_steps=4),
 }
+FALLING: dict[str, Any] = dict(learning_rate=LinearSchedule(1e-3, 0.0, 1.0))
 CHECKS: dict[str, Check] = {
     **{
         f"chain, gamma {gamma}, {name}": Check(lambda: chain_data(0.5), chain_law(gamma, 0.5), dict(gamma=gamma, **scheme))
@@ -255,6 +257,9 @@ CHECKS: dict[str, Check] = {
     "ring, horizon 8": Check(ring_data, None, dict(horizon=8), laws={n: ring_law(0.0, n) for n in (2, 5, 8)}),
     "linear Gaussian, gamma 0.9": Check(linear_data, linear_law(0.9), dict(gamma=0.9)),
     "linear Gaussian, gamma 0.95": Check(linear_data, linear_law(0.95), dict(gamma=0.95)),
+    "chain, gamma 0.9, rate to 0": Check(lambda: chain_data(0.5), chain_law(0.9, 0.5), dict(gamma=0.9, **FALLING)),
+    "ring, gamma 0.9, rate to 0": Check(ring_data, ring_law(0.9), dict(gamma=0.9, **FALLING)),
+    "linear Gaussian, gamma 0.9, rate to 0": Check(linear_data, linear_law(0.9), dict(gamma=0.9, **FALLING)),
 }
 POINT = "point, gamma 0.9"
 
@@ -355,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ],
         rows,
         text=(
-            f"BellmanDiffusion, {options.updates:,} updates, defaults but for what the name says, seed {options.seed}. "
+            f"BellmanDiffusion, {options.updates:,} updates, defaults but for what the name says, seed {options.seed}; *rate to 0* falls linearly from 0.001. "
             f"*Shares*: total variation of {N_SAMPLES:,} samples, each counted for the nearest state; *distance* from it; "
             "*noise error*: of the told noise against the exact one, squared, in shares of the exact one, over levels with "
             r"$\bar\alpha \le 0.95$; *mean* in shares of the present state, *spread* per axis, the worst of five states; "
