@@ -360,9 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ],
         rows,
         text=(
-            f"BellmanDiffusion, {options.updates:,} updates, defaults but for what the name says, seed {options.seed}; *rate to "
-            f"0* falls linearly from 0.001. *Shares*: total variation of {N_SAMPLES:,} samples, each counted for the nearest "
-            "state; *distance* from it; "
+            f"BellmanDiffusion, {options.updates:,} updates, defaults but for what the name says, seed {options.seed}; "
+            "*rate to 0* falls linearly from 0.001. "
             f"*Shares*: total variation of {N_SAMPLES:,} samples, each counted for the nearest state; *distance* from it; "
             "*noise error*: of the told noise against the exact one, squared, in shares of the exact one, over levels with "
             r"$\bar\alpha \le 0.95$; *mean* in shares of the present state, *spread* per axis, the worst of five states; "
