@@ -143,9 +143,9 @@ class TD3BC(ActorCriticAlgorithm):
             batch = self.sample_batch(self.batch_size if batch_size is None else batch_size)
             self._n_updates += 1
             if self.alpha > 0.0:
-                self._minimize("critic_loss", self.critic, self._critic_loss(batch))
+                self._minimize("critic_loss", self.critic.optimizer, self._critic_loss(batch))
             if self.alpha == 0.0 or self._n_updates % self.policy_delay == 0:
-                self._minimize("actor_loss", self.actor, self._actor_loss(batch))
+                self._minimize("actor_loss", self.actor.optimizer, self._actor_loss(batch))
                 self.actor.update_average(self.ema_decay)
                 self._update_critic_target()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -160,6 +160,7 @@ class TD3BC(ActorCriticAlgorithm):
             next_actions = (target(batch.next_observations) + noise).clamp(-1.0, 1.0)
             next_values = self.critic_target(batch.next_observations, next_actions).amin(dim=0)
             targets = batch.rewards + (1.0 - batch.dones) * self.gamma * next_values
+            self._watch_targets(targets, batch.rewards)
         return (self.critic(batch.observations, batch.actions) - targets).square().mean(dim=(1, 2)).sum()
 
     def _actor_loss(self, batch: Batch) -> th.Tensor:

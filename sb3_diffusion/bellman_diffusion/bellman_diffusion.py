@@ -382,21 +382,21 @@ class BellmanDiffusion(MeasureAlgorithm):
             batch = self.sample_batch(batch_size)
             if self.scheme == "logged":
                 futures = self._logged_futures(batch)
-                self._minimize("measure", self._logged_loss(batch, futures))
+                self._step("measure", self._logged_loss(batch, futures))
                 rows = th.arange(len(futures), device=self.device)
                 means = self._logged_means(futures) if distills else None
             else:
                 chain = self._draw_chain(batch)
-                self._minimize("measure", self._measure_loss(batch, chain))
+                self._step("measure", self._measure_loss(batch, chain))
                 rows, means = chain.rows, self._flow_means(batch, chain) if distills else None
-            self._minimize("reward_model", self._reward_loss(batch))
+            self._step("reward_model", self._reward_loss(batch))
             if self.train_agent:
-                self._minimize("behavior", self._behavior_loss(batch))
+                self._step("behavior", self._behavior_loss(batch))
                 if means is None:
                     self._train_rebrac(batch)
                 else:
-                    self._minimize("value", self._value_loss(batch, rows, means))
-                    self._minimize("actor", self._actor_loss(batch))
+                    self._step("value", self._value_loss(batch, rows, means))
+                    self._step("actor", self._actor_loss(batch))
             self.measure.update_average(warmed_up_decay(1.0 - self.tau, self._n_updates + 1))
             if self.pretraining:
                 self._count_pretraining_step()
@@ -473,12 +473,12 @@ class BellmanDiffusion(MeasureAlgorithm):
         noise = (self.target_policy_noise * self._draw_normal(*batch.actions.shape)).clamp(
             -self.target_noise_clip, self.target_noise_clip
         )
-        self._minimize("critic", self._critic_loss(batch, noise))
+        self._step("critic", self._critic_loss(batch, noise))
         if self.measure_penalty == "states":
-            self._minimize("state_model", self._state_model_loss(batch, self._draw_normal(n, dim), self._draw_levels(n)))
+            self._step("state_model", self._state_model_loss(batch, self._draw_normal(n, dim), self._draw_levels(n)))
         if (self._n_updates + 1) % self.policy_delay == 0:
             drawn = self._draw_normal(n, dim), self._draw_normal(n, dim), self._draw_levels(n)
-            self._minimize("actor", self._rebrac_actor_loss(batch, *drawn))
+            self._step("actor", self._rebrac_actor_loss(batch, *drawn))
             self.policy.update_targets(self.critic_tau)
 
     @accelerated
@@ -498,6 +498,7 @@ class BellmanDiffusion(MeasureAlgorithm):
             distances = (actions - batch.next_actions).square().sum(dim=1, keepdim=True) * batch.has_next_actions
             values = policy.critic_target(batch.next_observations, actions).amin(dim=0) - self.critic_bc_coef * distances
             targets = rewards + self.gamma * (1.0 - batch.dones) * values
+            self._watch_targets(targets, rewards)
         return (policy.critic(batch.observations, batch.actions) - targets).square().mean()
 
     @accelerated

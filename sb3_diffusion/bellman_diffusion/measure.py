@@ -13,7 +13,7 @@ from sb3_diffusion.buffers.samples import FutureStateSamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated
 from sb3_diffusion.common.policies import take_rows
-from sb3_diffusion.common.utils import check_choice, check_range, minimize
+from sb3_diffusion.common.utils import check_choice, check_range
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.evaluation import bootstrap_interval
 
@@ -185,9 +185,9 @@ class MeasureAlgorithm(OfflineAlgorithm):
 
     # ---------------------------------------------------------------- an update
 
-    def _minimize(self, name: str, loss: th.Tensor) -> None:
-        optimizer = self.policy.trained_networks[name].optimizer
-        self._add_loss(f"{name}_loss", minimize(optimizer, loss, self.max_grad_norm))
+    def _step(self, name: str, loss: th.Tensor) -> None:
+        """One step of the network of that name in the policy."""
+        self._minimize(f"{name}_loss", self.policy.trained_networks[name].optimizer, loss)
 
     @th.compiler.disable
     def _draw_normal(self, *shape: int) -> th.Tensor:

@@ -9,8 +9,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
 
 from sb3_diffusion.common.base_class import OfflineAlgorithm
-from sb3_diffusion.common.policies import Actor, ActorCriticPolicy, Network, QCritic, n_rows
-from sb3_diffusion.common.utils import check_choice, check_range, minimize
+from sb3_diffusion.common.policies import Actor, ActorCriticPolicy, QCritic, n_rows
+from sb3_diffusion.common.utils import check_choice, check_range
 
 MIN_Q_SCALE = 1e-3
 """Smallest number that action values are divided by."""
@@ -107,9 +107,6 @@ class ActorCriticAlgorithm(OfflineAlgorithm):
         self._update_learning_rate(others)
         schedule = self.lr_schedule if self.critic_learning_rate is None else self.critic_lr_schedule
         update_learning_rate(self.critic.optimizer, schedule(self._current_progress_remaining))
-
-    def _minimize(self, name: str, network: Network, loss: th.Tensor) -> None:
-        self._add_loss(name, minimize(network.optimizer, loss, self.max_grad_norm))
 
     def _update_critic_target(self) -> None:
         self.policy.update_critic_target(self.tau)

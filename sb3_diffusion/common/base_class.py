@@ -27,9 +27,9 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer, concat_samples
 from sb3_diffusion.common.compilation import COMPILE_CHOICES, PRECISIONS, autocast
 from sb3_diffusion.common.policies import DiffusionPolicy
-from sb3_diffusion.common.savable import SavableAlgorithm
 from sb3_diffusion.common.utils import check_choice, check_range
 from sb3_diffusion.common.vec_normalize import fit_vec_normalize, is_unused
+from sb3_diffusion.common.watched import WatchedAlgorithm
 from sb3_diffusion.datasets import OfflineDataset, SpacesEnv, find_dataset, load_dataset, make_dataset_env
 
 SelfOfflineAlgorithm = TypeVar("SelfOfflineAlgorithm", bound="OfflineAlgorithm")
@@ -58,7 +58,7 @@ class TimestepProgressBar(ProgressBarCallback):
         return True
 
 
-class OfflineAlgorithm(SavableAlgorithm):
+class OfflineAlgorithm(WatchedAlgorithm):
     r"""
     Base of all algorithms of this package: SB3's off-policy algorithm that also learns from logged data.
 
@@ -204,7 +204,6 @@ class OfflineAlgorithm(SavableAlgorithm):
         self._online_start = 0  # num_timesteps at which the running online phase began
         self._n_pretrain_updates = 0
         self._pretrain_timesteps = 0  # how many of num_timesteps were pretraining
-        self._loss_sums: dict[str, tuple[th.Tensor, int]] = {}
 
     # ---------------------------------------------------------------- construction
 
@@ -404,19 +403,14 @@ class OfflineAlgorithm(SavableAlgorithm):
         return batch
 
     def _draw_batch(self, batch_size: int) -> Batch:
-        env = self._vec_normalize_env
         n_offline = 0
         if self.dataset_buffer is not None:
             from_dataset = self._offline or not self._buffer_holds(batch_size)
             n_offline = batch_size if from_dataset else round(self.offline_fraction * batch_size)
-        assert self.replay_buffer is not None
-        if n_offline == 0:
-            return self.replay_buffer.sample(batch_size, env=env)
-        assert self.dataset_buffer is not None
-        batch = self.dataset_buffer.sample(n_offline, env=env)
-        if n_offline == batch_size:
-            return batch
-        return concat_samples(batch, self.replay_buffer.sample(batch_size - n_offline, env=env))
+        sources = (self.dataset_buffer, n_offline), (self.replay_buffer, batch_size - n_offline)
+        parts = [buffer.sample(n, env=self._vec_normalize_env) for buffer, n in sources if buffer is not None and n > 0]
+        self._last_batch = parts[0] if len(parts) == 1 else concat_samples(*parts)
+        return self._last_batch
 
     def _buffer_holds(self, batch_size: int) -> bool:
         buffer = self.replay_buffer
@@ -639,23 +633,7 @@ class OfflineAlgorithm(SavableAlgorithm):
         with autocast(self.precision, self.device):
             return super().predict(observation, state, episode_start, deterministic)
 
-    # ---------------------------------------------------------------- logging
-
-    @th.compiler.disable
-    def _add_loss(self, name: str, loss: th.Tensor) -> None:
-        """Add a detached scalar to the mean that the next log shows; nothing is read from the device before that."""
-        total, count = self._loss_sums.get(name, (None, 0))
-        # A copy, as a CUDA graph writes its next loss where the last one lay
-        self._loss_sums[name] = (loss.clone() if total is None else total + loss, count + 1)
-
-    def _record_losses(self) -> None:
-        for name, (total, count) in self._loss_sums.items():
-            self.logger.record(f"train/{name}", total.item() / count)
-        self._loss_sums.clear()
-
-    def dump_logs(self) -> None:
-        self._record_losses()
-        super().dump_logs()
+    # ---------------------------------------------------------------- files
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "dataset", "dataset_buffer", "_loss_sums", "_compiler_failed"]
+        return [*super()._excluded_save_params(), "dataset", "dataset_buffer", "_compiler_failed"]

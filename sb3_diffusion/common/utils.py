@@ -12,21 +12,34 @@ from torch import nn
 from sb3_diffusion.common.allowlist import register_value_class
 
 
+class NonFiniteError(FloatingPointError):
+    """A number that has to be finite is NaN or infinite: a loss, a gradient, what an environment returns, a weight."""
+
+
 def minimize(optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float | None = None) -> th.Tensor:
     """
     One optimiser step on ``loss``. Gradients are computed for the parameters of ``optimizer`` alone: networks that the
     loss merely passes through are neither changed nor charged for.
 
+    On the CPU, where looking costs nothing, there is no step if the loss is not finite, or the norm of the gradient where
+    it is bounded.
+
     :param optimizer: optimiser of the parameters to change
     :param loss: scalar tensor
     :param max_grad_norm: largest norm of the gradient; None for no bound
     :return: the loss, detached
+    :raises NonFiniteError: instead of the step
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    on_cpu = loss.device.type == "cpu"
+    if on_cpu and not math.isfinite(value := loss.item()):
+        raise NonFiniteError(f"is {value}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)
     if max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if on_cpu and not math.isfinite(value := norm.item()):
+            raise NonFiniteError(f"has a gradient of norm {value}")
     optimizer.step()
     return loss.detach()
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated
-from sb3_diffusion.common.utils import check_choice, check_range, minimize
+from sb3_diffusion.common.utils import check_choice, check_range
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffsr.linear import LinearFit, fit_linear
 from sb3_diffusion.diffsr.networks import (
@@ -436,9 +436,6 @@ class DiffSR(OfflineAlgorithm):
         update_learning_rate(self.critic.optimizer, critic_schedule(self._current_progress_remaining))
         update_learning_rate(self.critic.feature_optimizer, feature_schedule(self._current_progress_remaining))
 
-    def _minimize(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        self._add_loss(name, minimize(optimizer, loss, self.max_grad_norm))
-
     @th.compiler.disable
     def _draw_normal(self, *shape: int) -> th.Tensor:
         return th.randn(shape, generator=self.generator, device=self.device)
@@ -492,6 +489,7 @@ class DiffSR(OfflineAlgorithm):
             discounts = self.gamma if batch.discounts is None else batch.discounts
             next_values = self._next_values(batch, self._draw_normal(*batch.actions.shape))
             targets = batch.rewards + self._bonus(fixed) + (1.0 - batch.dones) * discounts * next_values
+            self._watch_targets(targets, batch.rewards)
         psi = fixed
         if self._critic_reaches_features:
             psi = self.critic.spectral_features(batch.observations, batch.actions)

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_diffusion.buffers import EpisodeReplayBuffer, TrajectoryReplayBuffer, TrajectorySamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated, autocast
-from sb3_diffusion.common.utils import check_choice, check_range, minimize, warmed_up_decay
+from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffuser.policies import (
     CnnPolicy,
@@ -449,11 +449,9 @@ class Diffuser(OfflineAlgorithm):
             batch = self.sample_batch(batch_size)
             windows = self._normalized_windows(batch)
             if self.train_planner:
-                loss = self._planner_loss(windows, batch)
-                self._add_loss("planner_loss", minimize(self.actor.optimizer, loss, self.max_grad_norm))
+                self._minimize("planner_loss", self.actor.optimizer, self._planner_loss(windows, batch))
             if self.value is not None and self._value_learns:
-                loss = self._value_loss(self.value, windows, batch)
-                self._add_loss("value_loss", minimize(self.value.optimizer, loss, self.max_grad_norm))
+                self._minimize("value_loss", self.value.optimizer, self._value_loss(self.value, windows, batch))
             self._update_averages()
             self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

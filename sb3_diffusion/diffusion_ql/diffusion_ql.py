@@ -286,8 +286,8 @@ class DiffusionQL(ActorCriticAlgorithm):
         self._update_learning_rates()
         for _ in range(gradient_steps):
             batch = self.sample_batch(batch_size)
-            self._minimize("critic_loss", self.critic, self._critic_loss(batch))
-            self._minimize("actor_loss", self.actor, self._actor_loss(batch))
+            self._minimize("critic_loss", self.critic.optimizer, self._critic_loss(batch))
+            self._minimize("actor_loss", self.actor.optimizer, self._actor_loss(batch))
             self._update_actor_target()
             self._update_critic_target()
             if self.pretraining:
@@ -313,6 +313,7 @@ class DiffusionQL(ActorCriticAlgorithm):
         with th.no_grad():
             discounts = self.gamma if batch.discounts is None else batch.discounts
             targets = batch.rewards + (1.0 - batch.dones) * discounts * self._next_values(batch)
+            self._watch_targets(targets, batch.rewards)
         q_values = self.critic(batch.observations, batch.actions)
         return (q_values - targets).square().mean(dim=(1, 2)).sum()
 

@@ -291,18 +291,19 @@ class DTQL(ActorCriticAlgorithm):
         for _ in range(gradient_steps):
             batch = self.sample_batch(batch_size)
             critic_loss, advantages = self._critic_loss(batch)
-            self._minimize("critic_loss", self.critic, critic_loss)
+            self._minimize("critic_loss", self.critic.optimizer, critic_loss)
             self._track_advantages(advantages)
-            self._minimize("behavior_loss", self.behavior, self._behavior_loss(batch.observations, batch.actions))
+            self._minimize("behavior_loss", self.behavior.optimizer, self._behavior_loss(batch.observations, batch.actions))
             if self.pretraining:
                 if self.pretrain_actor and isinstance(self.actor, GaussianActor):
-                    self._minimize("imitation_loss", self.actor, self._imitation_loss(batch))
+                    self._minimize("imitation_loss", self.actor.optimizer, self._imitation_loss(batch))
                 self._count_pretraining_step()
             else:
                 actor_loss = self._imitation_loss(batch) if self.imitating else self._actor_loss(batch)
-                self._minimize("actor_loss", self.actor, actor_loss)
+                self._minimize("actor_loss", self.actor.optimizer, actor_loss)
                 if self.regularizer == "kl":
-                    self._minimize("fake_behavior_loss", self.fake_behavior, self._fake_behavior_loss(batch.observations))
+                    loss = self._fake_behavior_loss(batch.observations)
+                    self._minimize("fake_behavior_loss", self.fake_behavior.optimizer, loss)
                 self._update_critic_target()
             self._n_updates += 1
             if self.ema_decay > 0.0:  # from the start an average over the updates so far
@@ -347,6 +348,7 @@ class DTQL(ActorCriticAlgorithm):
             next_values = self.critic.values(self.critic.features(batch.next_observations))
             discounts = self.gamma if batch.discounts is None else batch.discounts
             targets = batch.rewards + (1.0 - batch.dones) * discounts * next_values
+            self._watch_targets(targets, batch.rewards)
         advantages = q_data.detach().amin(dim=0) - values
         value_loss = expectile_loss(advantages, self.expectile).mean()
         q_loss = (q_values - targets).square().mean(dim=(1, 2)).sum()
