@@ -830,3 +830,16 @@ def test_presets(name: str) -> None:
     settings = BellmanDiffusion.presets[name]
     assert model.agent == settings.get("agent", "distilled") and model.tau == settings["tau"]
     assert model.default_total_timesteps == settings.get("default_total_timesteps", 1_000_000)
+
+
+def test_advantages_far_below_zero(box_dataset: OfflineDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights relative to their mean do not change with a shift of all advantages, however large it is."""
+    model = BellmanDiffusion("MlpPolicy", None, dataset=box_dataset, policy_kwargs=dict(net_arch=[8]), seed=0, device="cpu")
+    batch = model.sample_batch(32)
+    advantages = -th.rand(32, 1, dtype=th.float64)
+    losses = []
+    for shift in (0.0, 1e4):
+        monkeypatch.setattr(model.policy.value, "forward", lambda *_, shift=shift: (advantages - shift, th.zeros(32, 1)))
+        losses.append(model._actor_loss(batch).item())
+    assert np.isfinite(losses).all()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

@@ -462,7 +462,9 @@ class BellmanDiffusion(MeasureAlgorithm):
             q, v = self.policy.value(batch.observations, batch.actions)
             advantages = q - v
             scale = advantages.std(correction=0).clamp(min=MIN_ADVANTAGE_SCALE)
-            weights = (advantages / (self.temperature * scale)).exp().clamp(max=self.max_weight)
+            exponents = advantages / (self.temperature * scale)
+            # Where all are far below 0 the largest is taken as 0, which the division undoes: no 0 / 0
+            weights = (exponents - exponents.amax().clamp(max=0.0)).exp().clamp(max=self.max_weight)
         return (weights / weights.mean() * nll).mean()
 
     # ---------------------------------------------------------------- the agent of version 2
