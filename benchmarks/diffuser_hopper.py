@@ -25,6 +25,11 @@ ROWS: dict[str, dict[str, Any]] = {
     f"best of {N_CANDIDATES}": dict(n_candidates=N_CANDIDATES, guidance_scale=0.0),
     "single plan": dict(n_candidates=1, guidance_scale=0.0),
 }
+EACH_STEP: dict[str, dict[str, Any]] = {
+    "single plan, a new one each step": dict(n_candidates=1, guidance_scale=0.0, n_action_steps=1),
+    "best of 8, new ones each step": dict(n_candidates=8, guidance_scale=0.0, n_action_steps=1),
+}
+"""After the rows, as each sets what the others leave alone."""
 SMALL: dict[str, Any] = dict(
     learning_rate=4e-4,
     batch_size=32,
@@ -84,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = WORK / curves.stem / f"{name}-seed{options.seed}".replace(" ", "_")
     model = load(folder / "checkpoint.zip")
     rows: list[list[str | float]] = []
-    for label, settings in ROWS.items():
+    for label, settings in (ROWS | EACH_STEP).items():
         file_name = label.replace(",", "").replace(" ", "_")
         numbers = measured(folder / "points", file_name, model, dataset, settings, options.episodes, options.seed)
         rows.append(
@@ -106,11 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ["plans", "return", "D4RL score", "% of the data's mean return", "falls", "seconds"],
         rows,
         text=(
-            f"{dataset.name}, horizon {options.horizon}, {options.executed} executed actions per plan, {options.updates:,} "
-            f"updates of planner and value, batch {model.batch_size}, learning rate {model.learning_rate:g}, one run; "
-            f"{options.episodes} episodes a row, the mean with its 95 % bootstrap interval over episodes. `guidance_scale` "
-            f"{GUIDANCE_SCALE}, two gradient steps before each denoising step. *Falls*: episodes that ended before 1,000 "
-            "steps."
+            f"{dataset.name}, horizon {options.horizon}, {options.executed} executed actions per plan unless a row says "
+            f"otherwise, {options.updates:,} updates of planner and value, batch {model.batch_size}, learning rate "
+            f"{model.learning_rate:g}, one run; {options.episodes} episodes a row, the mean with its 95 % bootstrap interval "
+            f"over episodes. `guidance_scale` {GUIDANCE_SCALE}, two gradient steps before each denoising step. *Falls*: "
+            "episodes that ended before 1,000 steps."
         ),
         device=options.device,
     )
