@@ -119,11 +119,11 @@ def test_interrupted_run_goes_on_exactly(log_file: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "parts" / "model.zip").exists()
     output = capsys.readouterr().out
     assert "Interrupted at 5 of 9 timesteps" in output
-    assert f"--resume {tmp_path / 'parts' / 'interrupted.zip'} --steps 9" in " ".join(output.split())
-
-    # Nothing else is said again: dataset, env and algorithm come from the file beside the model.
     resumed = tmp_path / "parts" / "interrupted.zip"
-    assert run("train", "--resume", resumed, "--steps", 9, "--device", "cpu", "--episodes", 0) == 0
+    assert " ".join(output.split()).endswith(f"sb3-diffusion train --resume {resumed}")
+
+    # Nothing is said again: dataset, env, algorithm and length come from the file beside the model.
+    assert run("train", "--resume", resumed, "--device", "cpu") == 0
     whole, parts = parameters(tmp_path / "whole" / "model"), parameters(tmp_path / "parts" / "model")
     assert whole.keys() == parts.keys() and len(whole) > 10
     for name, value in whole.items():
@@ -151,16 +151,27 @@ def test_online_run_keeps_its_replay_buffer(tmp_path: Path, monkeypatch: pytest.
         sizes.append(self.replay_buffer.size())
 
     monkeypatch.setattr(DTQL, "load_replay_buffer", load_and_look)
-    assert run("train", "--resume", tmp_path / "interrupted.zip", *options) == 0
+    assert run("train", "--resume", tmp_path / "interrupted.zip", "--device", "cpu") == 0
     assert sizes == [stopped_at - 1]  # a callback that stops comes before SB3 stores the step
     assert DTQL.load(tmp_path / "model").num_timesteps == 12
 
 
-def test_fine_tuning_from_a_finished_model(log_file: Path, tmp_path: Path):
+def test_fine_tuning_from_a_finished_model(log_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert train(log_file, "--steps", 2, "--out", tmp_path / "offline") == 0
     model, out = tmp_path / "offline" / "model.zip", tmp_path / "online"
-    assert run("train", "--resume", model, "--online", "--steps", 5, "--out", out, "--episodes", 0) == 0
-    assert DTQL.load(out / "model").num_timesteps == 5
+    collect, online_at = DTQL.collect_rollouts, []
+
+    def collect_until_signal(self: DTQL, *args, **kwargs):
+        online_at.append(self.num_timesteps)
+        if self.num_timesteps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect(self, *args, **kwargs)
+
+    monkeypatch.setattr(DTQL, "collect_rollouts", collect_until_signal)
+    assert run("train", "--resume", model, "--online", "--steps", 6, "--out", out, "--episodes", 0) == 130
+    assert run("train", "--resume", out / "interrupted.zip", "--device", "cpu") == 0  # it stays online
+    assert online_at == [2, 3, 4, 5]
+    assert DTQL.load(out / "model").num_timesteps == 6
     assert DTQL.load(model).num_timesteps == 2
 
 
@@ -217,7 +228,7 @@ def test_evaluations_and_log_of_a_resumed_run(log_file: Path, tmp_path: Path, mo
         patch.setattr(DTQL, "train", train_until_signal)
         assert train(log_file, "--steps", 7, "--out", parts, *options, *small) == 130
     assert DTQL.load(parts / "checkpoint").num_timesteps == 3
-    assert run("train", "--resume", parts / "interrupted.zip", "--steps", 7, "--device", "cpu", *options) == 0
+    assert run("train", "--resume", parts / "interrupted.zip", "--device", "cpu") == 0
     found, expected = (np.load(folder / "evaluations.npz") for folder in (parts, whole))
     assert found["timesteps"].tolist() == expected["timesteps"].tolist() == [2, 4, 6]
     assert DTQL.load(parts / "model").batch_size == 4

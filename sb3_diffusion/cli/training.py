@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sb3_diffusion.common.base_class import OfflineAlgorithm
     from sb3_diffusion.datasets import OfflineDataset
 
+DEFAULTS: dict[str, Any] = {"online": False, "steps": 100_000, "eval_every": 0, "episodes": 10, "save_every": 0, "log": []}
+"""Options of ``train`` that are neither given nor known from the run that is resumed."""
 DEMO_EVALUATIONS = 8
 # Smaller networks than the default ones, for a small task on a small machine.
 DEMO_SETTINGS: dict[str, Any] = {"normalize_observations": True, "policy_kwargs": {"net_arch": [128, 128]}}
@@ -113,7 +115,7 @@ def train(
     algo: str | None = None,
     dataset: str | None = None,
     env: str | None = None,
-    steps: int = 100_000,
+    steps: int | None = None,
     seed: int | None = None,
     out: Path | None = None,
     resume: Path | None = None,
@@ -122,9 +124,9 @@ def train(
     preset: str | None = None,
     set: tuple[str, ...] = (),
     device: str = "auto",
-    eval_every: int = 0,
-    episodes: int = 10,
-    save_every: int = 0,
+    eval_every: int | None = None,
+    episodes: int | None = None,
+    save_every: int | None = None,
     log: tuple[str, ...] = (),
 ) -> int:
     """
@@ -135,7 +137,7 @@ def train(
     Examples:
 
         sb3-diffusion train --dataset mujoco/hopper/medium-v0 --steps 200000 --seed 0 --out runs/hopper
-        sb3-diffusion train --resume runs/hopper/interrupted.zip --steps 200000
+        sb3-diffusion train --resume runs/hopper/interrupted.zip
         sb3-diffusion train --resume runs/hopper/model.zip --online --steps 250000 --out runs/hopper_online
         sb3-diffusion train --algo diffusion_ql --env Pendulum-v1 --steps 20000 --set n_diffusion_steps=10 batch_size=128
 
@@ -143,22 +145,34 @@ def train(
     :param dataset: Minari id, path of an HDF5 file in D4RL's layout or of a .npz file, or D4RL name; without one training is
         online
     :param env: Gymnasium id; by default the environment of the dataset
-    :param steps: timesteps in total, those before --resume included; gradient steps offline, env steps online
+    :param steps: timesteps in total, those before --resume included; gradient steps offline, env steps online; 100,000 by
+        default
     :param seed: of everything random
     :param out: folder for the results, ./sb3_diffusion_run by default; with --resume that of the file
-    :param resume: model file to go on from; what is not given is taken from the train.json beside it
-    :param online: step the environment although there is a dataset (fine-tuning)
+    :param resume: model file to go on from; all options that are not given are those of the train.json beside it
+    :param online: step the environment although there is a dataset (fine-tuning); so does what goes on from such a run
     :param policy: MlpPolicy, CnnPolicy or MultiInputPolicy; by default what the observations ask for
     :param preset: published settings of a task, such as hopper-medium, in place of the defaults
     :param set: further constructor arguments as name=value
     :param device: cpu, cuda, ... or auto
-    :param eval_every: timesteps between evaluations on the way, which also keep best_model.zip; 0 for none
-    :param episodes: episodes per evaluation; 0 for no evaluation at the end
-    :param save_every: timesteps between checkpoints that can be resumed from; 0 for none
+    :param eval_every: timesteps between evaluations on the way, which also keep best_model.zip; 0, the default, for none
+    :param episodes: episodes per evaluation, 10 by default; 0 for no evaluation at the end
+    :param save_every: timesteps between checkpoints that can be resumed from; 0, the default, for none
     :param log: formats of the log in the folder: csv, json, log or tensorboard
     :return: exit status
     """
-    settings: dict[str, Any] = {"algo": algo, "dataset": dataset, "env": env, "seed": seed}
+    settings: dict[str, Any] = {
+        "algo": algo,
+        "dataset": dataset,
+        "env": env,
+        "seed": seed,
+        "online": online or None,
+        "steps": steps,
+        "eval_every": eval_every,
+        "episodes": episodes,
+        "save_every": save_every,
+        "log": list(log) or None,
+    }
     commands: list[str] = []
     if resume is not None:
         if not resume.is_file():
@@ -170,6 +184,8 @@ def train(
         commands = before.get("commands", [])
         settings["algo"] = settings["algo"] or saved_class_name(resume)
         out = out or resume.parent
+    settings = {key: DEFAULTS.get(key) if value is None else value for key, value in settings.items()}
+    steps, episodes, online = settings["steps"], settings["episodes"], settings["online"]
     out = out or Path("sb3_diffusion_run")
     if (out / "model.zip").exists() and (resume is None or resume != out / "model.zip"):
         raise FileExistsError(f"{out} already holds a finished model.zip: choose another folder with --out.")
@@ -196,23 +212,22 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     settings["commands"] = [*commands, command_line()]
     (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if log:
-        model.set_logger(configure(str(out / f"log_from_{model.num_timesteps}"), ["stdout", *log]))
+    if settings["log"]:
+        model.set_logger(configure(str(out / f"log_from_{model.num_timesteps}"), ["stdout", *settings["log"]]))
     offline = False if online or data is None else None
     stop = StopOnSignal()
     callbacks: list[BaseCallback] = [stop]
     env_id = env_of(settings["env"], data)
-    if eval_every > 0 and env_id is not None:
+    if settings["eval_every"] > 0 and env_id is not None:
         eval_env = make_vec_env(env_id, max(1, min(episodes, 10)), seed=settings["seed"])
-        callbacks.append(_evaluations(eval_env, max(1, episodes), eval_every, out, model.num_timesteps))
-    if save_every > 0:
-        callbacks.append(_Checkpoints(save_every, out, with_replay_buffer=offline is False))
+        callbacks.append(_evaluations(eval_env, max(1, episodes), settings["eval_every"], out, model.num_timesteps))
+    if settings["save_every"] > 0:
+        callbacks.append(_Checkpoints(settings["save_every"], out, with_replay_buffer=offline is False))
     model.learn(steps - model.num_timesteps, callback=callbacks, reset_num_timesteps=False, progress_bar=True, offline=offline)
     if stop.stopped:
         _save_to_resume(model, out / "interrupted.zip", with_replay_buffer=offline is False)
         print(f"Interrupted at {model.num_timesteps} of {steps} timesteps. To go on:")
-        go_on = f"  sb3-diffusion train --resume {out / 'interrupted.zip'} --steps {steps}"
-        print(f"{go_on} --online" if online else go_on)
+        print(f"  sb3-diffusion train --resume {out / 'interrupted.zip'}")
         return INTERRUPTED
     model.save(out / "model")
     print(f"Model: {out / 'model.zip'}")
