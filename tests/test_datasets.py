@@ -515,10 +515,10 @@ def test_minari_bad_data():
     with pytest.raises(ValueError, match="announces 5 steps but holds more"):
         load_dataset("test/nan-v0")
     (recorded.storage.data_path / "main_data.hdf5").write_bytes(b"not HDF5")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="not a readable HDF5 file"):
         load_dataset("test/nan-v0")
     recorded.storage.data_path.joinpath("metadata.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="not a readable HDF5 file"):
         load_dataset("test/nan-v0")
 
 

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from sb3_diffusion.datasets.description import ARRAYS_KEY, HDF5_KEY, read_description
+from sb3_diffusion.datasets.hdf5 import child, open_hdf5, read_tree
 from sb3_diffusion.datasets.offline_dataset import (
     Observations,
     OfflineDataset,
@@ -77,11 +78,6 @@ def load_d4rl(
     :raises ValueError: if it is not in D4RL's layout, or its data is bad
     :raises ImportError: without h5py
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError('HDF5 files need the package h5py: pip install "sb3-diffusion[minari]"') from error
-
     file_path = Path(path)
     if not file_path.is_file():
         found = find_d4rl_file(file_path.name) if file_path.parent == Path(".") else None
@@ -92,11 +88,7 @@ def load_d4rl(
             )
         file_path = found
     name = file_path.stem
-    try:
-        file = h5py.File(file_path, "r")
-    except OSError as error:
-        raise ValueError(f"{file_path} is not a readable HDF5 file ({error}): download it again.") from error
-    with file:
+    with open_hdf5(file_path) as file:
         if "episode_0" in file:
             raise ValueError(
                 f"{file_path} holds Minari episodes, not D4RL's flat arrays: load it by its Minari id (the folders under "
@@ -107,13 +99,14 @@ def load_d4rl(
             raise ValueError(
                 f"{file_path} must hold {', '.join(_REQUIRED)}: {', '.join(missing)} missing, got {sorted(file)}."
             )
-        observations = _read(file["observations"])
-        arrays: dict[str, Any] = {key: _read(file[key]) for key in _REQUIRED if key != "observations"}
+        observations = read_tree(child(file, "observations"))
+        arrays: dict[str, Any] = {key: read_tree(child(file, key)) for key in _REQUIRED if key != "observations"}
         for key in ("timeouts", "next_observations"):
-            arrays[key] = _read(file[key]) if key in file else None
-        if HDF5_KEY in file:
-            known = read_description(file[HDF5_KEY].asstr()[()], file_path)
-            return _described(observations, arrays, known, env_spec, observation_space, action_space, clip_actions)
+            arrays[key] = read_tree(child(file, key)) if key in file else None
+        description = child(file, HDF5_KEY).asstr()[()] if HDF5_KEY in file else None
+    if description is not None:
+        known = read_description(description, file_path)
+        return _described(observations, arrays, known, env_spec, observation_space, action_space, clip_actions)
 
     scores = d4rl_scores(name)
     if env_spec is None and isinstance(observations, np.ndarray) and arrays["actions"].ndim == 2:
@@ -304,22 +297,6 @@ def from_flat_arrays(
         name=name,
         clip_actions=clip_actions,
     )
-
-
-def _read(node: Any) -> Any:
-    """
-    Read an HDF5 dataset; floats become float32 on the way in, without a second copy.
-
-    :param node: dataset, or group of datasets
-    :return: array, or nested dict of arrays
-    """
-    if not hasattr(node, "shape"):
-        return {key: _read(child) for key, child in node.items()}
-    if node.dtype.kind != "f" or node.dtype == np.float32 or not node.size:
-        return node[()]
-    array = np.empty(node.shape, np.float32)
-    node.read_direct(array)
-    return array
 
 
 def _as_flags(array: np.ndarray, field: str, terminals: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from sb3_diffusion.datasets.hdf5 import child, open_hdf5, read_tree
 from sb3_diffusion.datasets.offline_dataset import (
     OfflineDataset,
     check_action_space,
@@ -271,21 +272,8 @@ def _iterate_hdf5(path: Path, indices: Iterable[int]) -> Iterator[_EpisodeArrays
     :param indices: which episodes
     :return: iterator over observations, actions, rewards, terminations, truncations
     """
-    import h5py
-
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         for index in indices:
-            group = file[f"episode_{index}"]
-            flags = (group[key][()] for key in ("rewards", "terminations", "truncations"))
-            yield (_read_group(group["observations"], h5py.Group), group["actions"][()], *flags)
-
-
-def _read_group(node: Any, group_class: Any) -> Any:
-    """
-    :param node: HDF5 dataset or group of them
-    :param group_class: ``h5py.Group``
-    :return: array or nested dict of arrays
-    """
-    if isinstance(node, group_class):
-        return {key: _read_group(child, group_class) for key, child in node.items()}
-    return node[()]
+            group = child(file, f"episode_{index}")
+            names = ("observations", "actions", "rewards", "terminations", "truncations")
+            yield tuple(read_tree(child(group, name)) for name in names)
