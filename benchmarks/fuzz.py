@@ -356,7 +356,8 @@ class Watch:
 
 def signature(error: BaseException) -> str:
     """:return: kind and words of an error, without what changes from input to input"""
-    return f"{type(error).__name__}: {re.sub(r'[^A-Za-z ]+', ' ', str(error))[:60]}"
+    words = re.sub(r"\S*[^A-Za-z ,.:]\S*", " ", str(error))[:80]
+    return f"{type(error).__name__}: {words}"
 
 
 def too_slow(*_: Any) -> None:

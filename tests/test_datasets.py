@@ -518,7 +518,7 @@ def test_minari_bad_data():
     with pytest.raises(ValueError, match="not a readable HDF5 file"):
         load_dataset("test/nan-v0")
     recorded.storage.data_path.joinpath("metadata.json").write_text("{")
-    with pytest.raises(ValueError, match="not a readable HDF5 file"):
+    with pytest.raises(ValueError, match="cannot be read"):
         load_dataset("test/nan-v0")
 
 
