@@ -828,7 +828,7 @@ def test_presets(name: str) -> None:
     model = BellmanDiffusion.from_preset(name, dataset=line_data(200), device="cpu", batch_size=8)
     model.learn(2)
     settings = BellmanDiffusion.presets[name]
-    assert model.agent == settings.get("agent", "distilled") and model.tau == settings["tau"]
+    assert model.agent == settings.get("agent", "distilled") and model.tau == settings.get("tau", 0.05)
     assert model.default_total_timesteps == settings.get("default_total_timesteps", 1_000_000)
 
 

@@ -789,9 +789,10 @@ def gradient_norms(model: DiffusionQL) -> dict[str, list[float]]:
     norms: dict[str, list[float]] = {"critic_loss": [], "actor_loss": []}
     minimize_ = model._minimize
 
-    def wrapped(name: str, network: nn.Module, loss: th.Tensor) -> None:
-        minimize_(name, network, loss)
-        norms[name].append(th.cat([parameter.grad.flatten() for parameter in trained(network)]).norm().item())
+    def wrapped(name: str, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
+        minimize_(name, optimizer, loss)
+        gradients = [parameter.grad.flatten() for group in optimizer.param_groups for parameter in group["params"]]
+        norms[name].append(th.cat(gradients).norm().item())
 
     model._minimize = wrapped
     return norms

@@ -1,6 +1,7 @@
 """What a model's file holds: configuration, parameters, optimiser states, generators, statistics of ``VecNormalize``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch as th
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from sb3_diffusion.common.savable import SavableAlgorithm
 
 KIND = "model"
+ESSENTIAL = ("policy_class", "observation_space", "action_space", "verbose")
+"""Attributes that loading begins with."""
+NOT_A_MODEL = (TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError, MemoryError)
+"""Errors of building a model from wrong values."""
 
 
 class ModelFile(NamedTuple):
@@ -79,8 +84,28 @@ def read_model(
         raise FileFormatError(f"The file holds a model of {saved_class}, not of {path_of(cls)}: load it with {name}.load().")
     decoder = Decoder(archive.tensors, custom_objects)
     data = decoder.decode_all(archive.config.get("data", {}))
+    missing = [name for name in ESSENTIAL if name not in data]
+    if missing:
+        raise FileFormatError(f"The file lacks {', '.join(missing)}, so that it does not describe a model: save it again.")
     rest = {name: archive.config.get(name) for name in ("parameters", "generators", "vec_normalize")}
     return ModelFile(data, **decoder.decode_all(rest))
+
+
+@contextmanager
+def described_by() -> Iterator[None]:
+    """
+    Where a model is built from a file.
+
+    :return: context in which what goes wrong is the file's fault; a ``ValueError`` is that of an argument and passes
+    :raises FileFormatError: instead of other errors
+    """
+    try:
+        yield
+    except NOT_A_MODEL as error:
+        raise FileFormatError(
+            f"The file holds values that do not make a model ({type(error).__name__}: {error}). It is damaged, or of another "
+            "version of the library; fetch or save it again."
+        ) from error
 
 
 def saved_class_name(path: PathOrFile) -> str:

@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffusion.buffers import EpisodeReplayBuffer
-from sb3_diffusion.common.model_file import read_model, read_parameters, write_model
+from sb3_diffusion.common.model_file import described_by, read_model, read_parameters, write_model
 from sb3_diffusion.common.serialization import PathOrFile, load_replay_buffer, save_replay_buffer
 from sb3_diffusion.common.vec_normalize import vec_normalize_state, wrap_vec_normalize
 
@@ -29,6 +29,7 @@ class SavableAlgorithm(OffPolicyAlgorithm):
     generator: th.Generator  # of the updates
     acting_generator: th.Generator  # of the actions
     _saved_vec_normalize: dict[str, Any] | None = None  # of a file loaded without an environment
+    _last_saved: str | None = None  # path, in this process
 
     def generators(self) -> dict[str, th.Generator]:
         """:return: the model's own random generators by name"""
@@ -56,6 +57,7 @@ class SavableAlgorithm(OffPolicyAlgorithm):
             "acting_generator",
             "lr_schedule",  # made from learning_rate
             "_saved_vec_normalize",
+            "_last_saved",
         ]
 
     def save(self, path: PathOrFile, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:  # type: ignore[override]
@@ -68,12 +70,18 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :param path: path, ``.zip`` is added to one without suffix, or a binary file object
         :param exclude: names of further attributes to leave out
         :param include: names of attributes that are left out by default and shall be saved
+        :raises NonFiniteError: if weights are not finite; the file is then as it was
         """
+        self._check_before_saving(path)
         excluded = (set(self._excluded_save_params()) | set(exclude or ())) - set(include or ())
         state = self._saved_vec_normalize
         if self._vec_normalize_env is not None:
             state = vec_normalize_state(self._vec_normalize_env)
         write_model(self, path, excluded, state)
+        self._last_saved = str(path)
+
+    def _check_before_saving(self, path: PathOrFile) -> None:
+        """Raise an error where the model must not take the place of what is at ``path``."""
 
     @classmethod
     def load(  # type: ignore[override]
@@ -100,7 +108,8 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :param dataset: logged data to attach, see [load_dataset][sb3_diffusion.load_dataset]
         :param kwargs: attributes to change
         :return: the model
-        :raises FileFormatError: if the file is damaged, foreign, of a newer schema or of another class
+        :raises FileFormatError: if the file is damaged, foreign, of a newer schema or of another class, or does not describe a
+            model
         :raises ValueError: if spaces or ``policy_kwargs`` differ from the saved ones
         """
         file = read_model(cls, path, custom_objects, print_system_info)
@@ -127,12 +136,14 @@ class SavableAlgorithm(OffPolicyAlgorithm):
                 model._saved_vec_normalize = file.vec_normalize
             vars(model).update(data)
             vars(model).update(kwargs)
-            model._setup_model()
-        model.set_parameters(file.parameters, exact_match=True, device=device)
-        for name, generator in model.generators().items():
-            state = file.generators.get(name)
-            if state is not None and state.numel() == generator.get_state().numel():  # of the same kind of device
-                generator.set_state(state)
+            with described_by():
+                model._setup_model()
+        with described_by():
+            model.set_parameters(file.parameters, exact_match=True, device=device)
+            for name, generator in model.generators().items():
+                state = file.generators.get(name)
+                if state is not None and state.numel() == generator.get_state().numel():  # of the same kind of device
+                    generator.set_state(state)
         return model
 
     def set_parameters(  # type: ignore[override]

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,6 @@ class WatchedAlgorithm(SavableAlgorithm):
         self._reward_size: th.Tensor | None = None  # of the largest reward since the last log
         self._diverges = False
         self._last_batch: Any = None
-        self._last_saved: str | None = None
 
     # ---------------------------------------------------------------- updates
 
@@ -128,26 +126,13 @@ class WatchedAlgorithm(SavableAlgorithm):
 
     # ---------------------------------------------------------------- files
 
-    def save(self, path: PathOrFile, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:  # type: ignore[override]
-        """
-        Save the model to one zip of JSON and safetensors, without pickle. Writing is atomic.
-
-        Datasets and replay buffers are not part of it, statistics of ``VecNormalize`` are. What cannot be written, a lambda
-        for instance, is recorded by name with one warning, and ``load`` asks for it through ``custom_objects``.
-
-        :param path: path, ``.zip`` is added to one without suffix, or a binary file object
-        :param exclude: names of further attributes to leave out
-        :param include: names of attributes that are left out by default and shall be saved
-        :raises NonFiniteError: if weights are not finite; the file is then as it was
-        """
+    def _check_before_saving(self, path: PathOrFile) -> None:
         for name, network in self.policy.networks():
             if not all_finite(dict(network.named_parameters())):
                 raise NonFiniteError(f"Weights of `{name}` are not finite, so that nothing is saved: {path} is as it was.")
-        super().save(path, exclude, include)
-        self._last_saved = str(path)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_loss_sums", "_reward_size", "_diverges", "_last_batch", "_last_saved"]
+        return [*super()._excluded_save_params(), "_loss_sums", "_reward_size", "_diverges", "_last_batch"]
 
 
 def all_finite(value: Any) -> bool:
