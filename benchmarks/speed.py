@@ -233,14 +233,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(
                     row["what"], row["variant"], f"{row['milliseconds']:.3f} ms", f"{row['units']:.3f}", sep="\t", flush=True
                 )
+    names, variants = list(SUBJECTS), ["", *VARIANTS]
+    rows = [row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text(encoding="utf-8"))]
+
+    def place(row: dict[str, Any]) -> tuple[int, int]:
+        name = row["what"].partition(":")[0]
+        return names.index(name) if name in names else -1, variants.index(row["variant"])
+
     table: list[list[str | float | int | None]] = []
-    order = {name: i for i, name in enumerate(["others", *SUBJECTS])}
-    files = sorted(folder.glob("*.json"), key=lambda file: (order.get(_name_of(file), 99), file.name))
-    for file in files:
-        for row in json.loads(file.read_text(encoding="utf-8")):
-            share = None if row["flops"] is None else 100.0 * row["flops"] / UNIT_FLOPS / row["units"]
-            cells = [row["what"], row["variant"], round(row["milliseconds"], 3), round(row["units"], 3)]
-            table.append([*cells, None if row["flops"] is None else round(row["flops"] / 1e9, 4), share and round(share, 1)])
+    for row in sorted(rows, key=place):
+        flops, units = row["flops"], row["units"]
+        share = None if flops is None else round(100.0 * flops / UNIT_FLOPS / units, 1)
+        gflop = None if flops is None else round(flops / 1e9, 4)
+        table.append([row["what"], row["variant"], round(row["milliseconds"], 3), round(units, 3), gflop, share])
     write_table(
         RESULTS / "speed.json",
         "Cost of updates, actions and plans",
@@ -254,11 +259,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "shares of those of the unit."
         ),
     )
-
-
-def _name_of(file: Any) -> str:
-    stem = file.stem.rpartition("-")[0]
-    return next((name for name in ["others", *SUBJECTS] if name.replace(" ", "_").replace(",", "") == stem), stem)
 
 
 if __name__ == "__main__":
