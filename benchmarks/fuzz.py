@@ -44,8 +44,8 @@ from sb3_diffusion.datasets import DEFAULT_DATASET_ID, write_dataset
 FOLDER = WORK / "fuzz"
 DOCUMENTED = (ValueError, OSError, TypeError, ImportError)
 """What the documentation of the readers names; ``FileFormatError`` is a ``ValueError``."""
-BATCH = 250
-"""Inputs per process."""
+BATCH, ROUND = 250, 1_000
+"""Inputs per process, and of one kind before the next one has its turn."""
 SECONDS = 20
 """Longest time for one input."""
 MEMORY, FILE_SIZE = 4 * 2**30, 2**30
@@ -505,25 +505,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     th.set_num_threads(1)  # also because processes are forked
-    rows: list[list[str | float | int | None]] = []
-    for name in options.kinds:
-        state = fuzz(name, options.inputs, options.seed)
-        loaded = state["answers"].get("loaded", 0)
-        rows.append([name, state["inputs"], loaded, len(state["answers"]), len(state["findings"])])
-        print(*rows[-1], sep="\t", flush=True)
-    if set(options.kinds) == set(KINDS):
-        write_table(
-            RESULTS / "fuzz.json",
-            "Damaged and hostile files",
-            ["kind", "inputs", "of these loaded", "different answers", "findings"],
-            rows,
-            text=(
-                "Valid files with changed bytes, JSON, headers, members, groups, read in processes with limits on memory, "
-                "size of files and time. *Answers*: kinds of documented errors, told apart by their words; an input with a "
-                "new one becomes a start of further inputs. *Findings*: any other exception, a killed process, a started "
-                "program, a connection, an import that the file asked for, a file outside the folder."
-            ),
-        )
+    for target in range(ROUND, options.inputs + ROUND, ROUND):  # all kinds in turn, so that each has its share at any time
+        rows = [row_of(name, fuzz(name, min(target, options.inputs), options.seed)) for name in options.kinds]
+        if set(options.kinds) == set(KINDS):
+            write_table(
+                RESULTS / "fuzz.json",
+                "Damaged and hostile files",
+                ["kind", "inputs", "of these loaded", "different answers", "findings"],
+                rows,
+                text=(
+                    "Valid files with changed bytes, JSON, headers, members, groups, read in processes with limits on memory, "
+                    "size of files and time. *Answers*: kinds of documented errors, told apart by their words; an input with a "
+                    "new one becomes a start of further inputs. *Findings*: any other exception, a killed process, a started "
+                    "program, a connection, an import that the file asked for, a file outside the folder."
+                ),
+            )
+    for row in rows:
+        print(*row, sep="\t")
+
+
+def row_of(name: str, state: dict[str, Any]) -> list[str | float | int | None]:
+    """
+    :param name: key of ``KINDS``
+    :param state: counts, answers, findings
+    :return: row of the table
+    """
+    return [name, state["inputs"], state["answers"].get("loaded", 0), len(state["answers"]), len(state["findings"])]
 
 
 if __name__ == "__main__":
