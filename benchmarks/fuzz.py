@@ -514,10 +514,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ["kind", "inputs", "of these loaded", "different answers", "findings"],
                 rows,
                 text=(
-                    "Valid files with changed bytes, JSON, headers, members, groups, read in processes with limits on memory, "
-                    "size of files and time. *Answers*: kinds of documented errors, told apart by their words; an input with a "
-                    "new one becomes a start of further inputs. *Findings*: any other exception, a killed process, a started "
-                    "program, a connection, an import that the file asked for, a file outside the folder."
+                    "Valid files with changed bytes, JSON, headers, members, groups, read in processes with limits on "
+                    "memory, size of files and time. *Answers*: kinds of documented errors, told apart by their words; an "
+                    "input with a new one becomes a start of further inputs. *Findings*: any other exception, a killed "
+                    "process, a started program, a connection, an import that the file asked for, a file outside the folder."
                 ),
             )
     for row in rows:
