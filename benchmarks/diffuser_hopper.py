@@ -27,7 +27,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 EACH_STEP: dict[str, dict[str, Any]] = {
     "single plan, a new one each step": dict(n_candidates=1, guidance_scale=0.0, n_action_steps=1),
-    "best of 8, new ones each step": dict(n_candidates=8, guidance_scale=0.0, n_action_steps=1),
 }
 """After the rows, as each sets what the others leave alone."""
 SMALL: dict[str, Any] = dict(
