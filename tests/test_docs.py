@@ -13,6 +13,7 @@ Data sets of the names that the pages use are small here, recorded in the real e
 """
 
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,3 +135,23 @@ LONG_PAGES = [page for page in PAGES if any(block.mode == "long" for block in bl
 @pytest.mark.parametrize("page", LONG_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_long_page(page: Path, monkeypatch: pytest.MonkeyPatch):
     run_page(page, ("", "short", "long"), monkeypatch)
+
+
+SHELL = re.compile(r"(?:<!-- run: (?P<mode>no.*?) -->\n+)?^```bash\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+SHELL_PAGES = (("command_line", "sharing"), ("sweeps",), ("zoo",))
+"""Guides whose commands run one after the other in one folder."""
+
+
+@pytest.mark.expensive
+@pytest.mark.parametrize("pages", SHELL_PAGES, ids=" ".join)
+def test_commands(pages: tuple[str, ...]) -> None:
+    ran = 0
+    for page in pages:
+        for block in SHELL.finditer((ROOT / "docs" / "guide" / f"{page}.md").read_text("utf-8")):
+            if block["mode"] is not None:
+                continue
+            lines = [line for line in block["code"].splitlines() if not line.startswith(("pip install", "#"))]
+            done = subprocess.run(["bash", "-e", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=900)
+            assert done.returncode == 0, f"{page}:\n{block['code']}\n{done.stderr[-3000:]}"
+            ran += 1
+    assert ran > 0
