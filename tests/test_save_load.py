@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_diffusion import CosineSchedule, OfflineDataset
-from sb3_diffusion.common.serialization import FileFormatError, MissingObjectError
+from sb3_diffusion import DTQL, CosineSchedule, OfflineDataset
+from sb3_diffusion.common.serialization import FileFormatError, MissingObjectError, read_archive, write_archive
 
 TESTS = Path(__file__).parent
 
@@ -580,3 +580,39 @@ def test_every_algorithm_is_in_the_registry() -> None:
     from sb3_diffusion import ALGORITHMS
 
     assert set(ALGORITHMS.values()) == {spec.cls for spec in ALGOS}
+
+
+# Files whose values do not make what they say ----------------------------------------------------------------------------
+
+
+def change_file(path: Path, kind: str, change: Callable[[dict[str, Any]], object]) -> None:
+    archive = read_archive(path, kind)
+    change(archive.config)
+    write_archive(path, kind, archive.config, archive.tensors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config["data"].pop("policy_class"),
+        lambda config: config["data"].pop("action_space"),
+        lambda config: config["data"].update(learning_rate=[1]),
+        lambda config: config["data"].update(policy_kwargs={"net_arch": {"pi": "wide"}}),
+        lambda config: config.update(parameters={"policy": 3}),
+    ],
+    ids=["no policy class", "no action space", "rate of a list", "net of words", "no tensors"],
+)
+def test_a_file_that_makes_no_model(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
+    model = DTQL("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=[8]), buffer_size=10, device="cpu")
+    model.save(tmp_path / "model.zip")
+    change_file(tmp_path / "model.zip", "model", change)
+    with pytest.raises(FileFormatError):
+        DTQL.load(tmp_path / "model.zip")
+
+
+def test_a_replay_file_that_makes_no_buffer(tmp_path: Path) -> None:
+    model = DTQL("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=[8]), buffer_size=10, device="cpu")
+    model.save_replay_buffer(tmp_path / "buffer.zip")
+    change_file(tmp_path / "buffer.zip", "replay_buffer", lambda config: config["values"].update(action_space={"a": 1}))
+    with pytest.raises(FileFormatError, match="does not fit"):
+        model.load_replay_buffer(tmp_path / "buffer.zip")

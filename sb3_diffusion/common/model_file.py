@@ -10,7 +10,15 @@ from stable_baselines3.common.utils import get_system_info
 
 from sb3_diffusion.common.allowlist import FileFormatError, path_of, simple_name
 from sb3_diffusion.common.codec import Decoder, Encoder
-from sb3_diffusion.common.serialization import Archive, PathOrFile, existing_path, read_archive, with_suffix, write_archive
+from sb3_diffusion.common.serialization import (
+    WRONG_VALUES,
+    Archive,
+    PathOrFile,
+    existing_path,
+    read_archive,
+    with_suffix,
+    write_archive,
+)
 
 if TYPE_CHECKING:
     from sb3_diffusion.common.savable import SavableAlgorithm
@@ -18,8 +26,6 @@ if TYPE_CHECKING:
 KIND = "model"
 ESSENTIAL = ("policy_class", "observation_space", "action_space", "verbose")
 """Attributes that loading begins with."""
-NOT_A_MODEL = (TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError, MemoryError)
-"""Errors of building a model from wrong values."""
 
 
 class ModelFile(NamedTuple):
@@ -101,7 +107,7 @@ def described_by() -> Iterator[None]:
     """
     try:
         yield
-    except NOT_A_MODEL as error:
+    except WRONG_VALUES as error:
         raise FileFormatError(
             f"The file holds values that do not make a model ({type(error).__name__}: {error}). It is damaged, or of another "
             "version of the library; fetch or save it again."

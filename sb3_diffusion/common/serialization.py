@@ -38,6 +38,7 @@ from sb3_diffusion.common.codec import Decoder, Encoder, set_attributes
 __all__ = [
     "SCHEMA_VERSION",
     "SLOT_BASES",
+    "WRONG_VALUES",
     "Archive",
     "Decoder",
     "Encoder",
@@ -58,6 +59,9 @@ __all__ = [
 ]
 
 ModuleT = TypeVar("ModuleT", bound="PickleFreeModule")
+
+WRONG_VALUES = (TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError, MemoryError)
+"""Errors, beside ``ValueError``, of building something from the values of a damaged file."""
 
 
 # ---- Networks -----------------------------------------------------------------------------------------------------------
@@ -126,7 +130,7 @@ class PickleFreeModule(BaseModel):
         try:
             model = found(**arguments)
             model.load_state_dict(state_dict)
-        except (TypeError, ValueError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
+        except (ValueError, *WRONG_VALUES) as error:
             raise FileFormatError(
                 f"No {found.__name__} can be made from what the file holds ({type(error).__name__}: {error})."
             ) from error
@@ -205,7 +209,7 @@ def _buffer_from_state(
         arguments = {name: state[name] for name in getattr(cls, "required_arguments", ())}
         buffer = cls(1, values["observation_space"], values["action_space"], device=device, **arguments)
         buffer.set_state(state)  # type: ignore[attr-defined]
-    except (ValueError, TypeError, KeyError, AssertionError) as error:
+    except (ValueError, *WRONG_VALUES) as error:
         raise FileFormatError(f"The file's state does not fit a {cls.__name__}: {error}") from error
     return buffer
 
