@@ -130,7 +130,10 @@ def table_section(stem: str, content: dict[str, Any], docs: Path) -> str:
     if content.get("text"):
         lines += [content["text"], ""]
     if content["rows"]:
-        rows = [[number(value) if isinstance(value, float) else str(value or "") for value in row] for row in content["rows"]]
+        rows = [
+            ["" if value is None else number(value) if isinstance(value, float) else str(value) for value in row]
+            for row in content["rows"]
+        ]
         lines += [*markdown_table(content["columns"], rows), ""]
     for picture in content["pictures"]:
         if not (docs / picture["path"]).is_file():
