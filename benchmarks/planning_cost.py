@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from harness import RESULTS, write_table
-from update_cost import ACTION_DIM, OBSERVATION_DIM, random_data
+from speed import ACTION_DIM, OBSERVATION_DIM, random_data
 
 from sb3_diffusion import Diffuser
 from sb3_diffusion.evaluation.timing import median_milliseconds

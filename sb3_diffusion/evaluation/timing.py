@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 KeyT = TypeVar("KeyT")
+
+
+class Timing(NamedTuple):
+    """
+    What something costs.
+
+    :ivar milliseconds: median
+    :ivar ratio: median of the ratios to the reference that ran just before
+    """
+
+    milliseconds: float
+    ratio: float
+
+
+def _seconds(part: Callable[[], object], device: th.device | str) -> float:
+    start = time.perf_counter()
+    part()
+    if th.device(device).type == "cuda":
+        th.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def median_milliseconds(
@@ -27,14 +48,42 @@ def median_milliseconds(
     :param device: waited for at the end of each if it is a GPU
     :return: median milliseconds of each
     """
-    is_gpu = th.device(device).type == "cuda"
     seconds: dict[KeyT, list[float]] = {name: [] for name in parts}
-    for repetition in range(n_repetitions + n_warm_up):
+    for _ in range(n_repetitions + n_warm_up):
         for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            if is_gpu:
-                th.cuda.synchronize(device)
-            if repetition >= n_warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
+            seconds[name].append(_seconds(part, device))
+    return {name: 1e3 * float(np.median(values[n_warm_up:])) for name, values in seconds.items()}
+
+
+def paired_timing(
+    part: Callable[[], object],
+    reference: Callable[[], object],
+    n_repetitions: int = 30,
+    n_warm_up: int = 3,
+    device: th.device | str = "cpu",
+) -> Timing:
+    """
+    Time something in units of a reference that runs just before it each time: other work on the machine slows both.
+
+    :param part: what to time
+    :param reference: the unit
+    :param n_repetitions: of both
+    :param n_warm_up: repetitions before these, not counted
+    :param device: waited for at the end of each if it is a GPU
+    :return: medians
+    """
+    pairs = [(_seconds(reference, device), _seconds(part, device)) for _ in range(n_repetitions + n_warm_up)][n_warm_up:]
+    return Timing(1e3 * float(np.median([s for _, s in pairs])), float(np.median([s / unit for unit, s in pairs])))
+
+
+def count_operations(part: Callable[[], object]) -> int:
+    """
+    Floating-point operations of the matrix products and convolutions in one run, from their sizes, as
+    ``torch.utils.flop_counter`` counts them; products that are added in place are counted too.
+
+    :param part: what to run, not compiled
+    :return: a multiplication and an addition are two
+    """
+    with FlopCounterMode(display=False, custom_mapping={th.ops.aten.addmm_: addmm_flop}) as counter:
+        part()
+    return counter.get_total_flops()
