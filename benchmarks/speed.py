@@ -6,14 +6,15 @@ What updates, actions, plans and batches cost, against what the machine can do.
     python benchmarks/speed.py --profile DTQL Diffuser
 
 The unit is one 1024 x 1024 by 1024 x 1024 product in float32. It runs just before each thing that is timed, and the table
-has the median of these ratios: other work on the machine slows both. What is in the table is not measured again without
-``--again``.
+has the median of these ratios: other work on the machine slows both. On one thread time is that of the processor, without
+turns of other processes. What is in the table is not measured again without ``--again``.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,26 @@ def acting(model: Any) -> dict[str, Part]:
 def machine() -> Iterator[tuple[str, str, Part, int]]:
     """:return: what the machine can do: variant, name, what runs, operations"""
     for variant, dtype in (("eager", th.float32), ("bfloat16", th.bfloat16)):
-        for n_rows, width in ((1024, 1024), (256, 256), (1024, 128)):
+        for n, n_rows, width in ((1, 1024, 1024), (64, 256, 256), (64, 1024, 128)):
             left, right = th.randn(n_rows, width, dtype=dtype), th.randn(width, width, dtype=dtype)
-            name = f"product {n_rows} x {width} by {width} x {width}"
-            yield variant, name, lambda left=left, right=right: left @ right, 2 * n_rows * width**2  # type: ignore[misc]
+            name = f"{n} product{'s' * (n > 1)} {n_rows} x {width} by {width} x {width}"
+            yield variant, name, repeat(partial(th.mm, left, right), n), 2 * n * n_rows * width**2
     source, target = th.ones(2**24), th.empty(2**24)
     yield "eager", "copy of 64 MiB", lambda: target.copy_(source), 0
+
+
+def repeat(part: Part, n: int) -> Part:
+    """
+    :param part: what runs
+    :param n: how often
+    :return: all of it
+    """
+
+    def run() -> None:
+        for _ in range(n):
+            part()
+
+    return run
 
 
 class Table:
@@ -169,7 +184,8 @@ class Table:
         :param operations: floating-point operations in it
         """
         left, right = th.randn(1024, 1024), th.randn(1024, 1024)
-        timing = paired_timing(part, lambda: left @ right, self.repetitions)
+        clock = time.process_time if th.get_num_threads() == 1 else time.perf_counter
+        timing = paired_timing(part, lambda: left @ right, self.repetitions, clock=clock)
         work = operations / UNIT_OPERATIONS
         self.rows[key] = [*key, timing.milliseconds, timing.ratio, work or None, work / timing.ratio or None]
         print(*self.rows[key], sep="\t", flush=True)
@@ -183,9 +199,10 @@ class Table:
                 f"{OBSERVATION_DIM} observation and {ACTION_DIM} action dimensions, networks and batches of the default "
                 "sizes, DiffSR its preset `small`, Diffuser horizon 32 and batch 32 without a value. The unit is one "
                 "1024 x 1024 by 1024 x 1024 product in float32, which ran just before each measurement; units are "
-                "medians of these ratios: other work on the machine, of which there was some, slows both. "
-                "Operations are those of matrix products, counted from their sizes by `torch.utils.flop_counter`; the share of "
-                "the ceiling is operations over units. Products of bfloat16 may be faster than the unit, and the share above 1. "
+                "medians of these ratios: other work on the machine, of which there was some, slows both. Time is "
+                f"that {'of the processor' if threads == 1 else 'on the wall'}. Operations are those of matrix products, "
+                "counted from their sizes by `torch.utils.flop_counter`; the share of the ceiling is operations over units. "
+                "Small products, and those of bfloat16, may be faster than the unit, and their share above 1. "
                 f"Medians of {self.repetitions} repetitions."
             ),
         )
@@ -246,13 +263,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.methods:
         operations_of: dict[str, int] = {}
         for variant in options.variants:
-            if not any(table.lacks(name, variant, part) for part in part_names(name, variant)):
+            if not any(table.lacks(name, variant, what) for what in part_names(name, variant)):
                 continue
             if not operations_of:
-                operations_of = {part: count_operations(run) for part, run in parts_of(make(name, "eager"), name, "eager")}
-            for part, run in parts_of(make(name, variant), name, variant):
-                if table.lacks(name, variant, part):
-                    table.measure((name, variant, part), run, operations_of[part])
+                operations_of = {what: count_operations(run) for what, run in parts_of(make(name, "eager"), name, "eager")}
+            for what, run in parts_of(make(name, variant), name, variant):
+                if table.lacks(name, variant, what):
+                    table.measure((name, variant, what), run, operations_of[what])
 
 
 if __name__ == "__main__":
