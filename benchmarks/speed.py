@@ -25,12 +25,11 @@ from harness import RESULTS, write_table
 from stable_baselines3 import SAC
 
 from sb3_diffusion import DTQL, BellmanDiffusion, DiffSR, Diffuser, DiffusionQL, OfflineDataset, load_dataset
-from sb3_diffusion.evaluation.timing import count_operations, paired_timing
+from sb3_diffusion.evaluation.timing import UNIT_OPERATIONS, count_operations, paired_timing
 
 N_STEPS = 20_000
 OBSERVATION_DIM, ACTION_DIM = 17, 6
 N_PLANS = 64
-UNIT_OPERATIONS = 2 * 1024**3
 ENV_ID = "Walker2d-v5"
 
 Part = Callable[[], object]

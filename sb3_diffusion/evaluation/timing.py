@@ -12,6 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 KeyT = TypeVar("KeyT")
 
+UNIT_OPERATIONS = 2 * 1024**3
+"""Floating-point operations of one 1024 x 1024 by 1024 x 1024 product, the unit of speed."""
+
 
 class Timing(NamedTuple):
     """
