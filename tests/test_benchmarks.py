@@ -11,9 +11,12 @@ import harness
 import make_tables
 import numpy as np
 import pytest
+import speed
+import torch as th
 
 from sb3_diffusion import DTQL, OfflineDataset
 from sb3_diffusion.evaluation import protocol
+from sb3_diffusion.evaluation.timing import count_operations, paired_timing
 
 ENV_ID = "Pendulum-v1"
 
@@ -204,3 +207,36 @@ def test_baselines_learn_and_come_back(cls: Any, loss: str, dataset: OfflineData
     loaded = cls.load(tmp_path / "model", custom_objects={"policy_class": baselines.TD3BCPolicy})
     observations = dataset.observations[:5]
     assert np.array_equal(loaded.predict(observations)[0], model.predict(observations)[0])
+
+
+def test_operations_are_counted_from_sizes() -> None:
+    left, right = th.zeros(3, 5), th.zeros(5, 7)
+    assert count_operations(lambda: left @ right) == 2 * 3 * 5 * 7
+    assert count_operations(lambda: th.zeros(3, 7).addmm_(left, right)) == 2 * 3 * 5 * 7
+
+
+def test_timing_is_relative_to_the_reference_just_before() -> None:
+    """A machine that grows slower changes both."""
+    seconds = iter([1.0, 3.0, 10.0, 30.0, 100.0, 300.0])
+    now = [0.0]
+
+    def part() -> None:
+        now[0] += next(seconds)
+
+    timing = paired_timing(part, part, n_repetitions=2, n_warm_up=1, clock=lambda: now[0])
+    assert timing == pytest.approx((165_000.0, 3.0))
+
+
+def test_speed_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+    for again in (False, False, True):
+        table = speed.Table(tmp_path / "speed.json", again, repetitions=1)
+        if table.lacks("method", "eager", "part"):
+            table.measure(("method", "eager", "part"), lambda: calls.append(1), operations=speed.UNIT_OPERATIONS)
+        if table.lacks("machine", "eager", "part"):
+            table.measure(("machine", "eager", "part"), lambda: None, operations=0)
+    assert len(calls) == 2 * 4  # one repetition and three before it
+    content = json.loads((tmp_path / "speed.json").read_text())
+    assert [row[:3] for row in content["rows"]] == [["method", "eager", "part"], ["machine", "eager", "part"]]
+    assert content["rows"][0][5] == 1.0 and content["rows"][1][5:] == [None, None]
+    assert content["rows"][0][2] in make_tables.table_section("speed", content, tmp_path)

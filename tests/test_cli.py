@@ -290,8 +290,9 @@ def test_benchmark(log_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     assert run("benchmark", "speed", *options, *small) == 0
     speed = json.loads((tmp_path / "b" / "speed.json").read_text())
-    assert set(speed["milliseconds"]) == {"matrix_product", "update", "1_action", "64_actions"}
+    assert set(speed["milliseconds"]) == {"matrix_product", "update", "1_action", "64_actions", "batch"}
     assert min(speed["milliseconds"].values()) > 0.0 and speed["batch_size"] == 4
+    assert 0.0 < speed["share_of_ceiling"]["64_actions"] < 1.0 and speed["share_of_ceiling"]["batch"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from algos import ALGOS, VARIANTS, AlgoSpec
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
-from sb3_diffusion import DTQL, OfflineDataset
+from sb3_diffusion import DTQL, DiffusionQL, OfflineDataset
 from sb3_diffusion.common import compilation
 
 N_UPDATES = 3
@@ -62,6 +62,19 @@ def test_updates_are_the_same(spec: AlgoSpec, box_dataset: OfflineDataset, trace
 @pytest.mark.expensive
 def test_updates_are_the_same_in_machine_code(spec: AlgoSpec, box_dataset: OfflineDataset) -> None:
     assert_same_updates(spec, box_dataset)
+
+
+@pytest.mark.parametrize("algorithm", [DTQL, pytest.param(DiffusionQL, marks=pytest.mark.expensive)])
+def test_actor_loss_asks_for_no_other_gradients(algorithm: Any, box_dataset: OfflineDataset, traced: None) -> None:
+    arguments: dict[str, Any] = dict(dataset=box_dataset, n_imitation_steps=0, policy_kwargs=dict(net_arch=[8]))
+    model = algorithm("MlpPolicy", None, compile=True, **arguments)
+    wanted = {name for name, parameter in model.policy.named_parameters() if parameter.requires_grad}
+    loss = model._actor_loss(model.sample_batch(8))
+    assert {name for name, parameter in model.policy.named_parameters() if parameter.requires_grad} == wanted
+    learned = {name for name in wanted if name.startswith("actor.")}
+    parameters = [model.policy.get_parameter(name) for name in wanted]
+    gradients = zip(wanted, th.autograd.grad(loss, parameters, allow_unused=True), strict=True)
+    assert {name for name, gradient in gradients if gradient is not None} == learned
 
 
 @pytest.mark.parametrize("spec", first_is_quick(ALGOS))

@@ -845,6 +845,20 @@ def test_decay_of_the_average_in_the_long_run() -> None:
     assert_moved(model, before, 0.005)
 
 
+def test_average_follows_the_tensors_of_a_moved_model() -> None:
+    """Tensors are looked up once, and again after a move, which makes new buffers."""
+    model = make_model(normalize_observations=True)
+    model.train(gradient_steps=1, batch_size=16)
+    actor, averaged = model.actor.double(), model.actor_target
+    perturb(trained(actor))
+    normalizer = actor.normalizer
+    assert normalizer is not None and averaged.normalizer is not None
+    normalizer.mean_0.add_(1.0)
+    actor.update_average(0.0)
+    assert equal(weights(averaged), actor_weights(model))
+    assert th.equal(averaged.normalizer.mean_0, normalizer.mean_0)
+
+
 @pytest.mark.parametrize(
     ("ema_start", "ema_interval", "moves"), [(4, 3, (6, 9, 12)), (6, 3, (6, 9, 12)), (5, 1, range(5, 14))]
 )

@@ -22,7 +22,7 @@ from sb3_diffusion.bellman_diffusion.policies import (
 from sb3_diffusion.bellman_diffusion.presets import PRESETS
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
-from sb3_diffusion.common.compilation import accelerated
+from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.policies import take_rows
 from sb3_diffusion.common.schedules import log_logistic_sigmas
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
@@ -503,7 +503,7 @@ class BellmanDiffusion(MeasureAlgorithm):
             self._watch_targets(targets, rewards)
         return (policy.critic(batch.observations, batch.actions) - targets).square().mean()
 
-    @accelerated
+    @accelerated_actor_loss
     def _rebrac_actor_loss(
         self, batch: FutureStateSamples, start: th.Tensor, noise: th.Tensor, levels: th.Tensor
     ) -> th.Tensor:

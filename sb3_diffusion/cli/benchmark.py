@@ -22,7 +22,7 @@ from sb3_diffusion.cli.shared import (
     require,
 )
 from sb3_diffusion.evaluation.protocol import describe, environment, run, write_json
-from sb3_diffusion.evaluation.timing import median_milliseconds
+from sb3_diffusion.evaluation.timing import UNIT_OPERATIONS, count_operations, paired_timing
 
 # Repetitions of what is timed, and those before that are not counted.
 N_REPETITIONS, N_WARM_UP = 30, 5
@@ -172,7 +172,10 @@ def _curve_table(summary: dict[str, Any], out: Path) -> str:
 
 
 def _speed(model: Any) -> dict[str, Any]:
-    """Median milliseconds of an update and of actions, beside a matrix product in the same process as the unit."""
+    """
+    Medians of an update, of actions and of a batch, in milliseconds and in units of a matrix product that ran just before;
+    what share of that product's operations per second they reach.
+    """
     model.learn(1 if model.dataset is not None else model.learning_starts + 1)
     one, many = _observations(model, 1), _observations(model, 64)
     left, right = th.randn(1024, 1024, device=model.device), th.randn(1024, 1024, device=model.device)
@@ -181,14 +184,17 @@ def _speed(model: Any) -> dict[str, Any]:
         "update": lambda: model.train(gradient_steps=1, batch_size=model.batch_size),
         "1_action": lambda: model.predict(one, deterministic=True),
         "64_actions": lambda: model.predict(many, deterministic=True),
+        "batch": lambda: model.sample_batch(model.batch_size),
     }
-    milliseconds = median_milliseconds(parts, N_REPETITIONS, N_WARM_UP, model.device)
-    unit = milliseconds["matrix_product"]
-    return {
-        "batch_size": model.batch_size,
-        "milliseconds": milliseconds,
-        "matrix_products": {name: value / unit for name, value in milliseconds.items()},
-    }
+    report: dict[str, Any] = {"batch_size": model.batch_size, "milliseconds": {}, "matrix_products": {}}
+    for name, part in parts.items():
+        timing = paired_timing(part, parts["matrix_product"], N_REPETITIONS, N_WARM_UP, model.device)
+        report["milliseconds"][name], report["matrix_products"][name] = timing
+    if not model.compile:  # compiled code hides its operations
+        units = report["matrix_products"]
+        work = {name: count_operations(part) / UNIT_OPERATIONS for name, part in parts.items()}
+        report["share_of_ceiling"] = {name: work[name] / units[name] for name in parts}
+    return report
 
 
 def _observations(model: Any, n: int) -> Any:
@@ -199,12 +205,18 @@ def _observations(model: Any, n: int) -> Any:
 
 
 def _speed_table(report: dict[str, Any], path: Path) -> str:
+    shares = report.get("share_of_ceiling", {})
     rows = [
-        [part.replace("_", " "), f"{value:.3f}", f"{report['matrix_products'][part]:.2f}"]
+        [
+            part.replace("_", " "),
+            f"{value:.3f}",
+            f"{report['matrix_products'][part]:.2f}",
+            f"{shares[part]:.2f}" if part in shares else "",
+        ]
         for part, value in report["milliseconds"].items()
     ]
     title = f"{report['name']}, batch of {report['batch_size']}: medians of {N_REPETITIONS}"
-    return _table(title, ["", "milliseconds", "1024 x 1024 matrix products"], rows) + f"JSON: {path}"
+    return _table(title, ["", "milliseconds", "1024 x 1024 matrix products", "share of their speed"], rows) + f"JSON: {path}"
 
 
 def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:

@@ -37,12 +37,27 @@ def accelerated(method: MethodT) -> MethodT:
     :param method: method of an [OfflineAlgorithm][sb3_diffusion.OfflineAlgorithm]
     :return: the same method, choosing at each call
     """
+    return _accelerated(method, _run)
 
+
+def accelerated_actor_loss(method: MethodT) -> MethodT:
+    """
+    The same for a loss of the actor, which passes through networks that it does not train. Compiled code makes the gradients
+    of all weights it meets, whoever wants them: while the loss runs, none but the actor's ask for any. As it is written, a
+    loss is charged for what [minimize][sb3_diffusion.common.utils.minimize] wants.
+
+    :param method: method of an algorithm with an ``actor`` that holds its optimiser
+    :return: the same method, choosing at each call
+    """
+    return _accelerated(method, _run_for_actor)
+
+
+def _accelerated(method: MethodT, run_method: Callable[..., Any]) -> MethodT:
     def run_in_precision(self: Any, *args: Any) -> Any:
         if self.precision == "float32":
-            return _run(method, self, *args)
+            return run_method(method, self, *args)
         with autocast(self.precision, self.device):
-            result = _run(method, self, *args)
+            result = run_method(method, self, *args)
         return tuple(part.float() for part in result) if isinstance(result, tuple) else result.float()
 
     @functools.wraps(method)
@@ -68,6 +83,20 @@ def _run(method: Callable[..., Any], self: Any, *args: Any) -> Any:
         )
         self.generator.set_state(before)
         return method(self, *args)
+
+
+def _run_for_actor(method: Callable[..., Any], self: Any, *args: Any) -> Any:
+    if not self.compile or self._compiler_failed:
+        return method(self, *args)
+    learned = {id(p) for group in self.actor.optimizer.param_groups for p in group["params"]}
+    others = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in learned]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        return _run(method, self, *args)
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 @functools.cache

@@ -21,6 +21,8 @@ from sb3_diffusion.common.utils import check_choice, make_optimizer, move_averag
 
 SelfNetwork = TypeVar("SelfNetwork", bound="Network")
 
+TensorPairs = list[tuple[th.Tensor, th.Tensor]]
+
 FLAT_KEY = "observation"
 """Name under which a normaliser keeps the statistics of a space that is not a ``Dict``."""
 
@@ -118,6 +120,7 @@ class Network(PickleFreeModule, BaseModel):
         self.action_dim = get_action_dim(action_space)
         self.normalizer = ObservationNormalizer(observation_space) if normalize_observations else None
         self.averaged: Network | None = None
+        self._average_pairs: tuple[TensorPairs, TensorPairs] | None = None
 
     def features(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -142,12 +145,20 @@ class Network(PickleFreeModule, BaseModel):
         :param decay: share of the average that stays
         """
         assert self.averaged is not None
-        trained = dict(self.named_parameters())
-        averaged = dict(self.averaged.named_parameters())
-        move_average(averaged.values(), [trained[name] for name in averaged], decay)
-        buffers = dict(self.named_buffers())
-        for name, buffer in self.averaged.named_buffers():
-            buffer.copy_(buffers[name])
+        if self._average_pairs is None:  # to look for them takes as long as to move them
+            parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+            self._average_pairs = (
+                [(averaged, parameters[name]) for name, averaged in self.averaged.named_parameters()],
+                [(averaged, buffers[name]) for name, averaged in self.averaged.named_buffers()],
+            )
+        weights, copied = self._average_pairs
+        move_average([averaged for averaged, _ in weights], [trained for _, trained in weights], decay)
+        for averaged, trained in copied:
+            averaged.copy_(trained)
+
+    def _apply(self: SelfNetwork, *args: Any, **kwargs: Any) -> SelfNetwork:
+        self._average_pairs = None  # on another device tensors may be others
+        return super()._apply(*args, **kwargs)
 
     def train(self: SelfNetwork, mode: bool = True) -> SelfNetwork:
         super().train(mode)

@@ -52,10 +52,8 @@ def move_average(averages: Iterable[th.Tensor], values: Iterable[th.Tensor], dec
     :param values: tensors of the same shapes, in the same order
     :param decay: share of the averages that stays
     """
-    averages = list(averages)
     with th.no_grad():
-        th._foreach_mul_(averages, decay)
-        th._foreach_add_(averages, list(values), alpha=1.0 - decay)
+        th._foreach_lerp_(list(averages), list(values), 1.0 - decay)
 
 
 def warmed_up_decay(decay: float, n_updates: int) -> float:

@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer
 from sb3_diffusion.common.base_class import OfflineAlgorithm
-from sb3_diffusion.common.compilation import accelerated
+from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.utils import check_choice, check_range
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffsr.linear import LinearFit, fit_linear
@@ -533,7 +533,7 @@ class DiffSR(OfflineAlgorithm):
         self._add_loss("exploration_bonus", bonus.mean())
         return bonus
 
-    @accelerated
+    @accelerated_actor_loss
     def _actor_loss(self, batch: Batch, actions: th.Tensor, log_prob: th.Tensor | None) -> th.Tensor:
         r"""
         $E[\alpha \log \pi(a|s) - Q(\bar\psi(s, a))]$ at the actor's $a$; $Q$ is the mean (TD3) or minimum (SAC) of the $Q_i$.

@@ -8,6 +8,7 @@ of matrix products that reads no copies and skips the padding.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -174,7 +175,7 @@ class TemporalConv(nn.Module):
         kernel_size = len(self.weight)
         n_out = (len(x) - 1) // self.stride + 1
         taps = _taps_of(len(x), n_out, x.shape[1], kernel_size, self.stride, kernel_size // 2)
-        return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps)
+        return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps).to(x.dtype)
 
 
 class TemporalUpsample(nn.Module):
@@ -197,7 +198,7 @@ class TemporalUpsample(nn.Module):
         """
         n_out = 2 * len(x)
         taps = _taps_of(n_out, len(x), x.shape[1], kernel_size=4, stride=2, padding=1).swap()
-        return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps)
+        return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps).to(x.dtype)
 
 
 class _GroupNormFunction(th.autograd.Function):
@@ -257,7 +258,9 @@ class TemporalGroupNorm(nn.Module):
         :param x: shape ``(horizon, batch_size, width)``
         :return: same shape
         """
-        return _GroupNormFunction.apply(x, self.weight, self.bias, self.groups, self.eps)
+        device = x.device.type
+        with th.autocast(device, enabled=False) if th.is_autocast_enabled(device) else nullcontext():  # means are no products
+            return _GroupNormFunction.apply(x, self.weight, self.bias, self.groups, self.eps)
 
 
 class LinearAttention(nn.Module):

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
-from sb3_diffusion.common.compilation import accelerated
+from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
 from sb3_diffusion.diffusion_ql.policies import (
     CnnPolicy,
@@ -354,7 +354,7 @@ class DiffusionQL(ActorCriticAlgorithm):
             q_values = self.critic.q_values(features, batch.actions)
         return q_values.abs().mean().clamp(min=MIN_Q_SCALE)
 
-    @accelerated
+    @accelerated_actor_loss
     def _actor_loss(self, batch: Batch) -> th.Tensor:
         r"""$L(\theta) = L_d(\theta) + \eta L_q(\theta)$ (eq. 3); $L_d$ alone while it imitates."""
         features = self.actor.features(batch.observations)

@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
-from sb3_diffusion.common.compilation import accelerated
+from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.policies import ActionDenoiser, QCritic
 from sb3_diffusion.common.schedules import log_logistic_sigmas
 from sb3_diffusion.common.utils import check_choice, check_range, expectile_loss
@@ -385,7 +385,7 @@ class DTQL(ActorCriticAlgorithm):
         noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
         return self.fake_behavior.loss(observations, actions, noise, sigma).mean()
 
-    @accelerated
+    @accelerated_actor_loss
     def _actor_loss(self, batch: Batch) -> th.Tensor:
         r"""$L_\pi(\theta) = \alpha L_{TR}(\theta) - E[\min_i Q_i(s, a_\theta)]$ (eq. 5), and the entropy term if asked for."""
         actions = self.actor(batch.observations, self._draw_normal(batch.observations))

@@ -49,13 +49,20 @@ class GaussianActor(Actor):
         if average:
             self.add_average()
 
+    def moments(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param observations: batch of observations
+        :return: mean and standard deviation of the action before the hyperbolic tangent, each ``(batch_size, action_dim)``
+        """
+        mean, log_std = self.net(self.features(observations)).chunk(2, dim=-1)
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
+
     def distribution(self, observations: PyTorchObs) -> th.distributions.Normal:
         """
         :param observations: batch of observations
         :return: law of the action before the hyperbolic tangent, shape ``(batch_size, action_dim)``
         """
-        mean, log_std = self.net(self.features(observations)).chunk(2, dim=-1)
-        return th.distributions.Normal(mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp(), validate_args=False)
+        return th.distributions.Normal(*self.moments(observations), validate_args=False)
 
     def forward(self, observations: PyTorchObs, latents: th.Tensor) -> th.Tensor:
         """
@@ -63,8 +70,8 @@ class GaussianActor(Actor):
         :param latents: $z$, shape ``(batch_size, action_dim)``
         :return: actions in [-1, 1], shape ``(batch_size, action_dim)``
         """
-        law = self.distribution(observations)
-        return th.tanh(law.loc + law.scale * latents)
+        mean, std = self.moments(observations)
+        return th.tanh(mean + std * latents)
 
     def log_prob(self, observations: PyTorchObs, actions: th.Tensor, jacobian: bool = False) -> th.Tensor:
         r"""
