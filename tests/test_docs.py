@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_diffusion import OfflineAlgorithm, load_dataset
+from sb3_diffusion import OfflineAlgorithm, OfflineDataset, load_dataset
 from sb3_diffusion.datasets import write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -66,16 +66,12 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-@pytest.fixture(scope="session")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two episodes of random actions in Hopper under the names of the pages."""
-    pytest.importorskip("mujoco")
-    pytest.importorskip("minari")
-    folder = tmp_path_factory.mktemp("data")
-    env = gym.make("Hopper-v5")
+def random_episodes(env_id: str, n_episodes: int = 12) -> OfflineDataset:
+    """Random actions in a real environment."""
+    env = gym.make(env_id)
     env.action_space.seed(0)
     rows: list[tuple] = []
-    for seed in range(12):
+    for seed in range(n_episodes):
         observation, _ = env.reset(seed=seed)
         ended = False
         while not ended:
@@ -85,13 +81,23 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             observation, ended = following, terminated or truncated
     names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
     arrays = dict(zip(names, (np.array(column) for column in zip(*rows, strict=True)), strict=True))
-    dataset = load_dataset(arrays, env_spec="Hopper-v5")
+    return load_dataset(arrays, env_spec=env_id)
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some episodes of random actions under the names of the pages."""
+    pytest.importorskip("mujoco")
+    pytest.importorskip("minari")
+    folder = tmp_path_factory.mktemp("data")
+    dataset = random_episodes("Hopper-v5")
     dataset.ref_min_score, dataset.ref_max_score = -20.0, 3234.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         write_dataset(dataset, "mujoco/hopper/medium-v0")
         load_dataset("sb3-diffusion/pendulum/mixed-v0")
         write_dataset(dataset, folder / "d4rl" / "hopper_medium-v2.hdf5")
+        write_dataset(random_episodes("Walker2d-v5"), folder / "d4rl" / "walker2d_medium_expert-v2.hdf5")
     return folder
 
 
