@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, curves = f"Diffuser, horizon {options.horizon}", RESULTS / "walker2d_expert.json"
     describe(
         curves,
-        f"Offline: {dataset.name}",
+        f"Diffuser: {dataset.name}",
         "Unguided, one plan per decision, every action from a new plan; deterministic. The U-Net has three levels, batch 64.",
     )
     run(

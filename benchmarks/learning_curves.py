@@ -28,11 +28,11 @@ from harness import RESULTS, WORK, describe, run
 from sb3_diffusion import ALGORITHMS, OfflineAlgorithm, load_dataset
 
 DATASETS = {
-    "hopper-medium": ("bench/hopper/medium-v0", "Hopper-v5"),
-    "hopper-medium-expert": ("hopper-medium-expert-v2", "Hopper-v5"),
-    "walker2d-expert": ("bench/walker2d/expert-v0", "Walker2d-v5"),
+    "hopper-medium": ("bench/hopper/medium-v0", "Hopper-v5", "hopper_medium"),
+    "hopper-medium-expert": ("hopper-medium-expert-v2", "Hopper-v5", "hopper_medium_expert"),
+    "walker2d-expert": ("bench/walker2d/expert-v0", "Walker2d-v5", "walker2d_expert_offline"),
 }
-"""Data and environment of each offline task."""
+"""Data, environment and results of each offline task."""
 CLASSES: dict[str, type[OfflineAlgorithm]] = {**ALGORITHMS, "td3_bc": TD3BC, "bc": BehaviorCloning}
 OFFLINE_STEPS = 50_000
 FINE_TUNING_STEPS = 20_000
@@ -109,9 +109,9 @@ def offline(task: str, setting: Setting, seed: int, steps: int) -> None:
     :param seed: seed of the run
     :param steps: gradient steps
     """
-    name, env_id = DATASETS[task]
+    name, env_id, results = DATASETS[task]
     dataset = load_dataset(name)
-    result_file = RESULTS / f"{task.replace('-', '_')}.json"
+    result_file = RESULTS / f"{results}.json"
     describe(result_file, f"Offline: {dataset.name}", f"{steps:,} gradient steps; {PROTOCOL}.")
     run(
         setting.name,
