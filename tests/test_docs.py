@@ -157,7 +157,7 @@ def test_commands(pages: tuple[str, ...]) -> None:
             if block["mode"] is not None:
                 continue
             lines = [line for line in block["code"].splitlines() if not line.startswith(("pip install", "#"))]
-            done = subprocess.run(["bash", "-e", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=900)
+            done = subprocess.run(["bash", "-e", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=3_600)
             assert done.returncode == 0, f"{page}:\n{block['code']}\n{done.stderr[-3000:]}"
             ran += 1
     assert ran > 0
