@@ -1,6 +1,7 @@
 """The benchmark protocol: interrupted runs end as whole ones, results merge, tables are made from them."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,12 @@ def test_speed_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
     assert [row[:3] for row in content["rows"]] == [["method", "eager", "part"], ["machine", "eager", "part"]]
     assert content["rows"][0][5] == 1.0 and content["rows"][1][5:] == [None, None]
     assert content["rows"][0][2] in make_tables.table_section("speed", content, tmp_path)
+
+
+def test_data_scale_writes_loads_and_learns(tmp_path: Path) -> None:
+    script, result = Path("benchmarks/data_scale.py").resolve(), tmp_path / "scale.json"
+    options = ["--steps", "2000", "4000", "--updates", "2", "--folder", str(tmp_path), "--out", str(result)]
+    subprocess.run([sys.executable, str(script), *options], check=True, cwd=tmp_path)
+    rows = json.loads(result.read_text())["rows"]
+    assert [row[0] for row in rows] == [2000, 4000] and rows[0][1] * 2 == pytest.approx(rows[1][1], abs=1)
+    assert list(tmp_path.iterdir()) == [result]

@@ -208,6 +208,9 @@ def test_dataset_convert(tmp_path: Path, capsys: pytest.CaptureFixture):
     for field in ("observations", "actions", "rewards", "next_observations", "terminations", "truncations"):
         np.testing.assert_array_equal(getattr(first, field), getattr(last, field))
     assert last.env_spec == first.env_spec and last.ref_max_score == first.ref_max_score
+    assert run("dataset", "convert", chain[-1], "log.mmap") == 0
+    assert "150 episodes, 30000 steps: log.mmap" in capsys.readouterr().out
+    np.testing.assert_array_equal(load_dataset("log.mmap").observations, first.observations)
     assert run("dataset", "convert", chain[0], "log.npz") == 1
     assert "log.npz exists" in capsys.readouterr().err
 

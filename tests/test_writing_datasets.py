@@ -7,12 +7,15 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 
-from sb3_diffusion import OfflineDataset, load_dataset
-from sb3_diffusion.datasets import write_dataset, write_minari
+from sb3_diffusion import DTQL, FutureStateReplayBuffer, OfflineDataset, TrajectoryReplayBuffer, load_dataset
+from sb3_diffusion.buffers import EpisodeReplayBuffer
+from sb3_diffusion.datasets import MemoryMappedWriter, load_minari_parts, write_dataset, write_minari
+from sb3_diffusion.datasets.offline_dataset import column_moments
 
-TARGETS = ["folder/log.hdf5", "folder/log.npz", "written/log/any-v0"]
+TARGETS = ["folder/log.hdf5", "folder/log.npz", "folder/log.mmap", "written/log/any-v0"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +103,7 @@ def test_layout_of_the_hdf5_file(tmp_path: Path):
 
 def test_what_is_given_wins_over_the_file():
     dataset = DATASETS["float64"]()
-    for target in TARGETS[:2]:
+    for target in TARGETS[:3]:
         write_dataset(dataset, target)
         space = spaces.Box(-3.0, 3.0, (2,))
         assert load_dataset(target, action_space=space).action_space == space
@@ -148,7 +151,7 @@ def test_nothing_is_overwritten_or_left_behind(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(np, "savez_compressed", fail)
     with pytest.raises(OSError, match="disk full"):
         write_dataset(dataset, "folder/other.npz")
-    assert sorted(path.name for path in Path("folder").iterdir()) == ["log.hdf5", "log.npz"]
+    assert sorted(path.name for path in Path("folder").iterdir()) == ["log.hdf5", "log.mmap", "log.npz"]
 
 
 def test_steps_that_do_not_follow_each_other():
@@ -157,3 +160,127 @@ def test_steps_that_do_not_follow_each_other():
     with pytest.raises(ValueError, match=r"episode 2, step 0 \(1 steps in all\)"):
         write_minari(dataset, "written/log/gap-v0")
     assert_equal(load_dataset(write_dataset(dataset, "gap.npz")), dataset)
+
+
+def _numbered(n_episodes: int, first: int = 0) -> OfflineDataset:
+    """Episodes of 4 steps whose values are their global row."""
+    rows = np.arange(first, first + 4 * n_episodes, dtype=np.float32)
+    ends = np.arange(4 * n_episodes) % 4 == 3
+    return OfflineDataset(
+        rows[:, None].repeat(3, axis=1),
+        (rows[:, None] % 7) / 7.0,
+        rows,
+        rows[:, None].repeat(3, axis=1) + 1.0,
+        ends & (np.arange(4 * n_episodes) % 8 == 3),
+        ends & (np.arange(4 * n_episodes) % 8 == 7),
+        observation_space=spaces.Box(-np.inf, np.inf, (3,)),
+        action_space=spaces.Box(-1.0, 1.0, (1,)),
+        name="numbered",
+    )
+
+
+def test_memory_mapped_parts_are_one_dataset_on_the_disk():
+    with MemoryMappedWriter("log.mmap") as writer:
+        for first in (0, 8, 16):
+            writer.add(_numbered(2, first))
+    mapped = load_dataset("log.mmap")
+    assert_equal(mapped, _numbered(6))
+    for name in ("observations", "next_observations", "actions", "rewards"):
+        array = getattr(mapped, name)
+        assert not array.flags.writeable and not array.flags.owndata
+        assert isinstance(array.base, np.memmap)
+    assert np.load("log.mmap/rewards.npy").tolist() == list(range(24))  # plain NumPy files
+
+
+def test_buffers_of_memory_mapped_data_copy_no_observations():
+    """Same draws as from the data in memory, gathered from the mapped file itself."""
+    write_dataset(_numbered(50), "log.mmap")
+    mapped, loaded = load_dataset("log.mmap"), _numbered(50)
+    for cls, arguments in (
+        (EpisodeReplayBuffer, {}),
+        (FutureStateReplayBuffer, {}),
+        (TrajectoryReplayBuffer, {"horizon": 4}),
+    ):
+        batches = []
+        for data in (mapped, loaded):
+            generator = th.Generator().manual_seed(0)
+            spaces_of_data = (data.observation_space, data.action_space)
+            buffer = cls.from_dataset(data, *spaces_of_data, device="cpu", generator=generator, **arguments)
+            batches.append(buffer.sample(64))
+            assert np.shares_memory(buffer.observations, data.observations)
+        for one, other in zip(*batches, strict=True):
+            assert (one is None and other is None) or th.equal(one, other)
+
+
+def test_a_model_learns_the_same_from_mapped_and_from_loaded_data():
+    write_dataset(_numbered(50), "log.mmap")
+    models = [
+        DTQL("MlpPolicy", None, dataset=data, seed=0, batch_size=16, policy_kwargs={"net_arch": [8]}, device="cpu").learn(5)
+        for data in ("log.mmap", _numbered(50))
+    ]
+    weights = [model.policy.state_dict() for model in models]
+    assert all(th.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_memory_mapped_writing_that_fails_leaves_nothing():
+    with pytest.raises(ZeroDivisionError), MemoryMappedWriter("log.mmap") as writer:
+        writer.add(_numbered(1))
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="Nothing was added"), MemoryMappedWriter("log.mmap"):
+        pass
+    with pytest.raises(ValueError, match="`action_space` of the first one"), MemoryMappedWriter("log.mmap") as writer:
+        writer.add(make(spaces.Box(-np.inf, np.inf, (3,)), ACTIONS))
+        writer.add(_numbered(1))
+    with pytest.raises(RuntimeError, match="must be entered"):
+        MemoryMappedWriter("log.mmap").add(_numbered(1))
+    with pytest.raises(ValueError, match=r"must end in .mmap"):
+        MemoryMappedWriter("log")
+    assert list(Path().iterdir()) == []
+
+
+def test_memory_mapped_folders_that_are_refused():
+    write_dataset(_numbered(3), "log.mmap")
+    rewards = Path("log.mmap/rewards.npy")
+    whole = rewards.read_bytes()
+    rewards.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"rewards.npy is not a .npy file"):
+        load_dataset("log.mmap")
+    np.save(rewards, np.array([object()] * 12), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"rewards.npy is not a .npy file of a plain array"):
+        load_dataset("log.mmap")
+    np.save(rewards, np.zeros(11, np.float32))
+    with pytest.raises(ValueError, match="one row per step"):
+        load_dataset("log.mmap")
+    rewards.unlink()
+    with pytest.raises(FileNotFoundError, match="rewards.npy is missing"):
+        load_dataset("log.mmap")
+    Path("log.mmap/dataset.json").write_text("{}")
+    with pytest.raises(ValueError, match="malformed"):
+        load_dataset("log.mmap")
+    with pytest.raises(FileNotFoundError, match=r"no dataset.json in other.mmap"):
+        load_dataset("other.mmap")
+
+
+def test_keys_cannot_leave_the_folder():
+    dataset = make(spaces.Dict({"../../a": spaces.Box(-1.0, 1.0, (2,)), "b/c": spaces.Box(-1.0, 1.0, (2,))}), ACTIONS)
+    assert_equal(load_dataset(write_dataset(dataset, "deep/log.mmap")), dataset)
+    assert [path.name for path in Path().iterdir()] == ["deep"]
+    assert len(list(Path("deep/log.mmap").iterdir())) == 9
+
+
+def test_minari_data_is_converted_part_by_part():
+    write_dataset(_numbered(9), "written/numbered/log-v0")
+    parts = list(load_minari_parts("written/numbered/log-v0", n_steps=16))
+    assert [len(part) for part in parts] == [12, 12, 12]
+    with MemoryMappedWriter("log.mmap") as writer:
+        for part in parts:
+            writer.add(part)
+    assert_equal(load_dataset("log.mmap"), _numbered(9))
+
+
+def test_moments_go_through_data_in_parts():
+    values = np.random.default_rng(0).normal(5.0, 1e-3, (70_001, 2)).astype(np.float32)
+    mean, variance = column_moments(values)
+    np.testing.assert_allclose(mean, values.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(variance, values.var(axis=0, dtype=np.float64), rtol=1e-9)
+    np.testing.assert_allclose(column_moments(np.array([[0, 3], [2, 3]], np.uint8)), [[1.0, 3.0], [1.0, 0.0]])

@@ -6,7 +6,15 @@ import json as json_format
 from pathlib import Path
 
 from sb3_diffusion.cli.shared import SUCCESS, load_data, require, to_plain
-from sb3_diffusion.datasets import DEFAULT_DATASET_ID, EMBEDDED_DATASETS, write_dataset
+from sb3_diffusion.datasets import (
+    DEFAULT_DATASET_ID,
+    EMBEDDED_DATASETS,
+    MemoryMappedWriter,
+    load_minari_parts,
+    write_dataset,
+)
+from sb3_diffusion.datasets.loading import open_minari_source
+from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX
 
 
 def dataset_summary(source: str, /, *, json: bool = False) -> int:
@@ -47,21 +55,31 @@ def dataset_plot(source: str, /, *, out: Path = Path("dataset.png")) -> int:
 
 def dataset_convert(source: str, target: str, /, *, env: str | None = None) -> int:
     """
-    Write a dataset in another format: D4RL's HDF5, Minari, or NumPy arrays. Everything comes back equal.
+    Write a dataset in another format: D4RL's HDF5, Minari, NumPy arrays, or arrays that are mapped from the disk. Everything
+    comes back equal. From Minari to mapped arrays, no more than a part of the data is in memory at a time.
 
     Examples:
 
         sb3-diffusion dataset convert mujoco/hopper/medium-v0 hopper.hdf5
         sb3-diffusion dataset convert hopper.hdf5 my/hopper/medium-v0
         sb3-diffusion dataset convert hopper-medium-v2 hopper.npz
+        sb3-diffusion dataset convert my/robot/log-v0 robot.mmap
 
     :param source: Minari id, path of an HDF5 file in D4RL's layout or of a .npz file, or D4RL name
-    :param target: a path that ends in .hdf5, .h5 or .npz, or a Minari id that ends in a version; must not exist yet
+    :param target: a path that ends in .hdf5, .h5, .npz or .mmap, or a Minari id that ends in a version; must not exist yet
     :param env: Gymnasium id that decides over the spaces that the source leaves open
     :return: exit status
     """
-    data = load_data(source, env)
-    print(f"{data.n_episodes} episodes, {len(data)} steps: {write_dataset(data, target)}")
+    recorded = open_minari_source(source) if target.endswith(MEMORY_MAPPED_SUFFIX) and env is None else None
+    if recorded is None:
+        data = load_data(source, env)
+        write_dataset(data, target)
+    else:
+        with MemoryMappedWriter(target) as writer:
+            for part in load_minari_parts(recorded):
+                writer.add(part)
+        data = load_data(target)
+    print(f"{data.n_episodes} episodes, {len(data)} steps: {target}")
     return SUCCESS
 
 

@@ -18,6 +18,7 @@ from sb3_diffusion.common.denoisers import EDMDenoiser
 from sb3_diffusion.common.serialization import PickleFreeModule
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
 from sb3_diffusion.common.utils import check_choice, make_optimizer, move_average
+from sb3_diffusion.datasets.offline_dataset import column_moments
 
 SelfNetwork = TypeVar("SelfNetwork", bound="Network")
 
@@ -56,9 +57,10 @@ class ObservationNormalizer(nn.Module):
         """
         arrays = observations if isinstance(observations, dict) else {FLAT_KEY: observations}
         for i, key in enumerate(self.keys):
-            std = arrays[key].std(axis=0, dtype=np.float64)
+            mean, variance = column_moments(arrays[key])
+            std = np.sqrt(variance)
             scale = np.where(std > 1e-3, std, 1.0)
-            getattr(self, f"mean_{i}").copy_(th.as_tensor(arrays[key].mean(axis=0, dtype=np.float64)))
+            getattr(self, f"mean_{i}").copy_(th.as_tensor(mean))
             getattr(self, f"std_{i}").copy_(th.as_tensor(scale))
 
     def forward(self, observations: PyTorchObs) -> PyTorchObs:

@@ -7,6 +7,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_diffusion.datasets import OfflineDataset
+from sb3_diffusion.datasets.offline_dataset import column_moments
 
 
 def _observation_statistics(env: VecNormalize) -> dict[str | None, RunningMeanStd]:
@@ -34,14 +35,13 @@ def fit_vec_normalize(env: VecNormalize, dataset: OfflineDataset) -> None:
     """
     for key, statistics in _observation_statistics(env).items():
         observations = dataset.observations if key is None else dataset.observations[key]
-        _set_statistics(statistics, np.asarray(observations, dtype=np.float64))
+        _set_statistics(statistics, observations)
     if env.norm_reward:
         _set_statistics(env.ret_rms, _running_returns(dataset, env.gamma))
 
 
 def _set_statistics(statistics: RunningMeanStd, values: np.ndarray) -> None:
-    statistics.mean = values.mean(axis=0)
-    statistics.var = values.var(axis=0)
+    statistics.mean, statistics.var = column_moments(values)
     statistics.count = float(len(values))
 
 

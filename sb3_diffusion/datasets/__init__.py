@@ -10,7 +10,8 @@ from sb3_diffusion.datasets.environments import (
     make_env,
 )
 from sb3_diffusion.datasets.loading import load_dataset
-from sb3_diffusion.datasets.minari_dataset import load_minari
+from sb3_diffusion.datasets.memory_mapped import MemoryMappedWriter, load_memory_mapped
+from sb3_diffusion.datasets.minari_dataset import load_minari, load_minari_parts
 from sb3_diffusion.datasets.offline_dataset import Episode, OfflineDataset
 from sb3_diffusion.datasets.replay_buffer import from_replay_buffer
 from sb3_diffusion.datasets.scripted import DEFAULT_DATASET_ID, EMBEDDED_DATASETS, embedded_dataset
@@ -22,6 +23,7 @@ __all__ = [
     "DatasetEnv",
     "Episode",
     "FlattenNestedDictObservation",
+    "MemoryMappedWriter",
     "OfflineDataset",
     "SpacesEnv",
     "embedded_dataset",
@@ -31,7 +33,9 @@ __all__ = [
     "load_arrays",
     "load_d4rl",
     "load_dataset",
+    "load_memory_mapped",
     "load_minari",
+    "load_minari_parts",
     "make_dataset_env",
     "make_env",
     "write_arrays",

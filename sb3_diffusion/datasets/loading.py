@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sb3_diffusion.datasets.d4rl_hdf5 import (
     load_arrays,
     load_d4rl,
 )
+from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX, load_memory_mapped
 from sb3_diffusion.datasets.minari_dataset import load_minari, minari_root, open_minari
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset, flatten_observation_space, space_mismatch
 from sb3_diffusion.datasets.replay_buffer import from_replay_buffer
@@ -28,6 +29,8 @@ from sb3_diffusion.datasets.scripted import EMBEDDED_DATASETS, embedded_dataset
 
 _REQUIRED_KEYS = {"observations", "actions", "rewards", "terminals"}
 _OPTIONAL_KEYS = {"timeouts", "next_observations"}
+_READERS: dict[str, Callable[..., OfflineDataset]] = {ARRAYS_SUFFIX: load_arrays, MEMORY_MAPPED_SUFFIX: load_memory_mapped}
+"""By suffix; a file with another one is taken for HDF5."""
 
 
 def load_dataset(
@@ -48,6 +51,7 @@ def load_dataset(
     | `minari.MinariDataset`, filtered or combined too | `minari.load_dataset(...).filter_episodes(...)` |
     | path to an HDF5 file in D4RL's layout | `"logs/arm.hdf5"` |
     | path to a `.npz` file of arrays with D4RL's names | `"logs/arm.npz"` |
+    | path to a folder of memory-mapped arrays, written by `MemoryMappedWriter` | `"logs/arm.mmap"` |
     | name of a D4RL task, its file in `D4RL_DATASET_DIR` | `"hopper-medium-v2"` |
     | dict of arrays `observations, actions, rewards, terminals` and, if known, `timeouts, next_observations` | |
     | replay buffer of Stable-Baselines3 | `model.replay_buffer` |
@@ -72,8 +76,7 @@ def load_dataset(
     if isinstance(source, str | PathLike):
         file = _file(source)
         if file is not None:
-            read = load_arrays if file.suffix == ARRAYS_SUFFIX else load_d4rl
-            return read(
+            return _READERS.get(file.suffix, load_d4rl)(
                 file,
                 env_spec=spec,
                 observation_space=observation_space,
@@ -86,8 +89,8 @@ def load_dataset(
         dataset = load_minari(recorded, clip_actions=clip_actions)
     else:
         raise TypeError(
-            "The dataset must be a Minari id, the path of an .hdf5 or .npz file, the name of a D4RL task, a MinariDataset, an "
-            f"OfflineDataset, a dict of arrays or an SB3 ReplayBuffer: got {type(source).__name__}."
+            "The dataset must be a Minari id, the path of an .hdf5, .npz or .mmap file, the name of a D4RL task, a MinariDataset, "
+            f"an OfflineDataset, a dict of arrays or an SB3 ReplayBuffer: got {type(source).__name__}."
         )
     return _overridden(dataset, spec, observation_space, action_space, clip_actions)
 
@@ -121,13 +124,13 @@ def _file(source: str | PathLike[str]) -> Path | None:
     :return: the file that it means, or None if it must be a Minari id
     """
     path = Path(source)
-    if path.suffix in (*HDF5_SUFFIXES, ARRAYS_SUFFIX) or path.is_file():
+    if path.suffix in (*HDF5_SUFFIXES, ARRAYS_SUFFIX, MEMORY_MAPPED_SUFFIX) or path.is_file():
         return path
     if isinstance(source, str) and "/" not in source and not (minari_root() / source).is_dir():
         return find_d4rl_file(source)
     if not isinstance(source, str):
         raise FileNotFoundError(
-            f"No file {path}: a path must lead to an .hdf5 file in D4RL's layout or a .npz file of arrays."
+            f"No file {path}: a path must lead to an .hdf5 file in D4RL's layout, a .npz file or a .mmap folder of arrays."
         )
     return None
 

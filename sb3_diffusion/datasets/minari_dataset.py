@@ -115,6 +115,25 @@ def load_minari(dataset: Any, *, clip_actions: bool = False) -> OfflineDataset:
     )
 
 
+def load_minari_parts(dataset: Any, n_steps: int = 1_000_000, *, clip_actions: bool = False) -> Iterator[OfflineDataset]:
+    """
+    Read a Minari dataset that is larger than memory, some episodes at a time.
+
+    :param dataset: as for ``load_minari``
+    :param n_steps: about how many steps of a part; whole episodes are taken
+    :param clip_actions: as for ``load_minari``
+    :return: iterator over flat datasets
+    """
+    if isinstance(dataset, str):
+        dataset = open_minari(dataset)
+    indices = np.asarray(dataset.episode_indices)
+    n_parts = max(1, -(-int(dataset.total_steps) // n_steps))
+    size = max(1, -(-len(indices) // n_parts))
+    for start in range(0, len(indices), size):
+        part = type(dataset)(dataset.storage, episode_indices=indices[start : start + size])
+        yield load_minari(part, clip_actions=clip_actions)
+
+
 class _FlatReader:
     """
     Arrays for all steps, filled episode by episode.

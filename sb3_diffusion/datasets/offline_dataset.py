@@ -832,3 +832,16 @@ def _statistics(values: np.ndarray) -> dict[str, float]:
     quartiles = np.quantile(values, [0.0, 0.25, 0.5, 0.75, 1.0])
     stats = dict(zip(("min", "q25", "median", "q75", "max"), map(float, quartiles), strict=True))
     return {"mean": float(np.mean(values, dtype=np.float64)), "std": float(np.std(values, dtype=np.float64)), **stats}
+
+
+def column_moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Mean and variance over the rows, in two passes of a part at a time, so that data on the disk stays there.
+
+    :param values: ``(N, ...)``
+    :return: two arrays ``(...)``, float64
+    """
+    parts = [values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK)]
+    mean = np.sum([part.sum(axis=0, dtype=np.float64) for part in parts], axis=0) / len(values)
+    variance = np.sum([np.square(part - mean).sum(axis=0) for part in parts], axis=0) / len(values)
+    return mean, variance

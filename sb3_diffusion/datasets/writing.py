@@ -1,4 +1,4 @@
-"""Logged data into files: D4RL's HDF5 layout, Minari, or plain NumPy arrays. ``load_dataset`` reads all three back."""
+"""Logged data into files: D4RL's HDF5 layout, Minari, or NumPy arrays. ``load_dataset`` reads all of them back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gymnasium import spaces
 
 from sb3_diffusion.datasets.d4rl_hdf5 import ARRAYS_SUFFIX, HDF5_SUFFIXES
 from sb3_diffusion.datasets.description import ARRAYS_KEY, HDF5_KEY, describe
+from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX, MemoryMappedWriter
 from sb3_diffusion.datasets.minari_dataset import MINARI_EXTRA, minari_root
 from sb3_diffusion.datasets.offline_dataset import Observations, OfflineDataset
 
@@ -29,6 +30,7 @@ def write_dataset(dataset: OfflineDataset, target: str | PathLike[str]) -> str:
     |---|---|
     | a path that ends in `.hdf5` or `.h5` | a file in D4RL's layout |
     | a path that ends in `.npz` | NumPy arrays, without pickle |
+    | a path that ends in `.mmap` | a folder of arrays that are mapped from the disk when they are read |
     | an id that ends in a version, such as `my/robot/log-v0` | a Minari dataset in Minari's folder |
 
     Arrays, ends of episodes, spaces, reference scores and the environment's id come back exactly. Nothing that exists is
@@ -47,12 +49,15 @@ def write_dataset(dataset: OfflineDataset, target: str | PathLike[str]) -> str:
         write_d4rl(dataset, name)
     elif suffix == ARRAYS_SUFFIX:
         write_arrays(dataset, name)
+    elif suffix == MEMORY_MAPPED_SUFFIX:
+        with MemoryMappedWriter(name) as writer:
+            writer.add(dataset)
     elif re.search(r"-v\d+$", name):
         write_minari(dataset, name)
     else:
         raise ValueError(
-            f"Expected a path that ends in .hdf5, .h5 or {ARRAYS_SUFFIX}, or a Minari id with a version such as "
-            f"my/robot/log-v0: got {name!r}."
+            f"Expected a path that ends in .hdf5, .h5, {ARRAYS_SUFFIX} or {MEMORY_MAPPED_SUFFIX}, or a Minari id with a version "
+            f"such as my/robot/log-v0: got {name!r}."
         )
     return name
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from sb3_diffusion.common.policies import FLAT_KEY
 from sb3_diffusion.common.utils import check_choice
+from sb3_diffusion.datasets.offline_dataset import column_moments
 
 GOAL_KEY = "desired_goal"
 ACHIEVED_KEY = "achieved_goal"
@@ -159,7 +160,8 @@ class WindowNormalizer(nn.Module):
         elif self.kind == "limits":
             shift, scale = 0.5 * (low + high), 0.5 * (high - low)
         else:
-            shift, scale = values.mean(axis=0, dtype=np.float64), values.std(axis=0, dtype=np.float64)
+            shift, variance = column_moments(values)
+            scale = np.sqrt(variance)
         scale = np.where(scale > MIN_SCALE, scale, 1.0)
         for buffer, value in ((self.shift, shift), (self.scale, scale), (self.low, low), (self.high, high)):
             buffer[channels] = th.as_tensor(value, dtype=buffer.dtype, device=buffer.device)
