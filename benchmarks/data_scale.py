@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 PART = 1_000  # episodes that are made and written together
 N_STEPS = 1_000  # of an episode
 

@@ -34,7 +34,7 @@ def fit_vec_normalize(env: VecNormalize, dataset: OfflineDataset) -> None:
     :param dataset: logged data in env units
     """
     for key, statistics in _observation_statistics(env).items():
-        observations = dataset.observations if key is None else dataset.observations[key]
+        observations: Any = dataset.observations if key is None else dataset.observations[key]
         _set_statistics(statistics, observations)
     if env.norm_reward:
         _set_statistics(env.ret_rms, _running_returns(dataset, env.gamma))

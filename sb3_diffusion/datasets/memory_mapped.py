@@ -75,10 +75,8 @@ class MemoryMappedWriter:
             self._spaces = {"observation_space": part.observation_space, "action_space": part.action_space}
             self._description = describe(part)
         for field, expected in self._spaces.items():
-            if getattr(part, field) != expected:
-                raise ValueError(
-                    f"All parts must have the `{field}` of the first one, {expected}: got {getattr(part, field)}."
-                )
+            if (got := getattr(part, field)) != expected:
+                raise ValueError(f"All parts must have the `{field}` of the first one, {expected}: got {got}.")
         for name, array in _arrays(part):
             if name not in self._files:
                 self._files[name] = _GrowingArray(self._temporary / _file_name(name), array)
@@ -139,7 +137,7 @@ def load_memory_mapped(
             observations[field] = {key: _map(folder, f"{field}/{key}") for key in space.spaces}
         else:
             observations[field] = _map(folder, field)
-    columns = {name: _map(folder, name) for name in _COLUMNS}
+    columns: dict[str, Any] = {name: _map(folder, name) for name in _COLUMNS}
     return OfflineDataset(**observations, **columns, **known, clip_actions=clip_actions)
 
 

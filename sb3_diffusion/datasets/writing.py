@@ -56,8 +56,8 @@ def write_dataset(dataset: OfflineDataset, target: str | PathLike[str]) -> str:
         write_minari(dataset, name)
     else:
         raise ValueError(
-            f"Expected a path that ends in .hdf5, .h5, {ARRAYS_SUFFIX} or {MEMORY_MAPPED_SUFFIX}, or a Minari id with a version "
-            f"such as my/robot/log-v0: got {name!r}."
+            f"Expected a path that ends in .hdf5, .h5, {ARRAYS_SUFFIX} or {MEMORY_MAPPED_SUFFIX}, or a Minari id with a "
+            f"version such as my/robot/log-v0: got {name!r}."
         )
     return name
 
