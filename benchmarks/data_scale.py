@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> None:
         rows,
         text=(
             "Random walks of 17 dimensions with 6 actions, episodes of 1,000 steps, as memory-mapped arrays in the disk "
-            "cache. Memory is anonymous memory of the process less what it had after its imports: what the disk cache cannot take "
-            f"back. It learns {options.updates} updates of DTQL at batch 256; draws are medians of 500, after 100 others."
+            "cache. Memory is anonymous memory of the process less what it had after its imports: what the disk cache cannot "
+            f"take back. It learns {options.updates} updates of DTQL at batch 256; draws are medians of 500, after 100 others."
         ),
     )
 

@@ -89,8 +89,8 @@ def load_dataset(
         dataset = load_minari(recorded, clip_actions=clip_actions)
     else:
         raise TypeError(
-            "The dataset must be a Minari id, the path of an .hdf5, .npz or .mmap file, the name of a D4RL task, a MinariDataset, "
-            f"an OfflineDataset, a dict of arrays or an SB3 ReplayBuffer: got {type(source).__name__}."
+            "The dataset must be a Minari id, the path of an .hdf5, .npz or .mmap file, the name of a D4RL task, a "
+            f"MinariDataset, an OfflineDataset, a dict of arrays or an SB3 ReplayBuffer: got {type(source).__name__}."
         )
     return _overridden(dataset, spec, observation_space, action_space, clip_actions)
 
