@@ -153,7 +153,7 @@ class TD3BC(ActorCriticAlgorithm):
     def _critic_loss(self, batch: Batch) -> th.Tensor:
         r"""$\sum_k E[(r + \gamma \min_k Q'_k(s', a') - Q_k(s, a))^2]$, $a' = \pi'(s') + \mathrm{clip}(\epsilon)$."""
         with th.no_grad():
-            noise = self.target_policy_noise * self._draw_normal(batch.next_observations)
+            noise = self.target_policy_noise * self._draw_action_noise(batch.next_observations)
             noise = noise.clamp(-self.target_noise_clip, self.target_noise_clip)
             target = self.actor.averaged
             assert isinstance(target, DeterministicActor)

@@ -1,10 +1,13 @@
 """Each example runs, with few steps."""
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from sb3_diffusion import DTQL
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS: dict[str, list[str]] = {
@@ -12,6 +15,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "diffusion_ql_samplers": ["--steps", "5", "--episodes", "1"],
     "diffuser_planning": ["--steps", "3", "--episodes", "1"],
     "bellman_diffusion_rewards": ["--steps", "3", "--episodes", "1", "--candidates", "2"],
+    "several_processes": ["--steps", "5", "--episodes", "1"],
     "diffsr_features": ["--steps", "110", "--episodes", "1"],
 }
 SLOW = ("diffuser_planning",)
@@ -39,6 +43,14 @@ def test_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(sys, "argv", [name, *ARGUMENTS[name]])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out
+
+
+def test_several_processes() -> None:
+    script, options = str(EXAMPLES / "several_processes.py"), ARGUMENTS["several_processes"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *options]
+    printed = subprocess.run(torchrun, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert printed.count("2 process(es), 5 steps") == 1
+    assert DTQL.load("together")._n_updates == 5
 
 
 def test_quickstart(capsys: pytest.CaptureFixture) -> None:

@@ -355,7 +355,7 @@ def test_targets_at_terminations_and_truncations(n_steps: int) -> None:
 def stub_draws(model: DTQL, normals: list[th.Tensor], sigmas: th.Tensor) -> None:
     """Replace what the losses draw: ``normals`` in turn, and ``sigmas`` every time."""
     draws: Iterator[th.Tensor] = cycle(normals)
-    model._draw_normal = lambda observations: next(draws)
+    model._draw_action_noise = lambda observations: next(draws)
     model._draw_sigma = lambda n: sigmas
 
 
@@ -592,7 +592,7 @@ def test_kl_loss_has_the_gradient_of_the_divergence(fake: tuple[float, float], s
     observations = th.zeros(len(actions), OBS_DIM)
     (gradient,) = th.autograd.grad(model._kl_loss(observations, actions), actions)
     with th.no_grad():
-        noisy = actions + sigma * model._draw_normal(observations)
+        noisy = actions + sigma * model._draw_action_noise(observations)
         weight = 1.0 / (actions - model.behavior(observations, noisy, th.full((len(actions),), sigma))).abs().clamp(min=1e-6)
     slopes = gradient * len(actions) / weight / sigma**2  # difference of the two scores at the noisy actions
 

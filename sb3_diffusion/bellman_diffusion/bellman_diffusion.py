@@ -23,6 +23,7 @@ from sb3_diffusion.bellman_diffusion.presets import PRESETS
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
+from sb3_diffusion.common.distributed import average, standard_deviation
 from sb3_diffusion.common.policies import take_rows
 from sb3_diffusion.common.schedules import log_logistic_sigmas
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
@@ -408,8 +409,8 @@ class BellmanDiffusion(MeasureAlgorithm):
     @accelerated
     def _behavior_loss(self, batch: FutureStateSamples) -> th.Tensor:
         r"""$E[w(\sigma) \|D(a + \sigma \epsilon, \sigma | s) - a\|^2]$ (arXiv 2206.00364, eq. 2)."""
-        uniform = th.rand(len(batch.actions), generator=self.generator, device=self.device)
-        noise, sigmas = self._draw_normal(*batch.actions.shape), log_logistic_sigmas(uniform)
+        sigmas = log_logistic_sigmas(self._draw_uniform(len(batch.actions)))
+        noise = self._draw_normal(*batch.actions.shape)
         return self.policy.behavior.loss(batch.observations, batch.actions, noise, sigmas).mean()
 
     @th.no_grad()
@@ -461,7 +462,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         with th.no_grad():
             q, v = self.policy.value(batch.observations, batch.actions)
             advantages = q - v
-            scale = advantages.std(correction=0).clamp(min=MIN_ADVANTAGE_SCALE)
+            scale = standard_deviation(advantages).clamp(min=MIN_ADVANTAGE_SCALE)
             exponents = advantages / (self.temperature * scale)
             # Where all are far below 0 the largest is taken as 0, which the division undoes: no 0 / 0
             weights = (exponents - exponents.amax().clamp(max=0.0)).exp().clamp(max=self.max_weight)
@@ -516,7 +517,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         if self.pretraining:
             return distances.mean()
         q_values = self.policy.critic(batch.observations, actions).amin(dim=0)
-        scale = q_values.detach().abs().mean().clamp(min=MIN_ADVANTAGE_SCALE)
+        scale = average(q_values.detach().abs().mean()).clamp(min=MIN_ADVANTAGE_SCALE)
         penalty = self._measure_penalty(batch, actions, start, noise, levels)
         return -q_values.mean() / scale + self.actor_bc_coef * (distances + self.measure_coef * penalty).mean()
 

@@ -12,6 +12,7 @@ from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated
+from sb3_diffusion.common.distributed import own_rows
 from sb3_diffusion.common.policies import take_rows
 from sb3_diffusion.common.utils import check_choice, check_range
 from sb3_diffusion.datasets import OfflineDataset
@@ -189,15 +190,10 @@ class MeasureAlgorithm(OfflineAlgorithm):
         """One step of the network of that name in the policy."""
         self._minimize(f"{name}_loss", self.policy.trained_networks[name].optimizer, loss)
 
-    @th.compiler.disable
-    def _draw_normal(self, *shape: int) -> th.Tensor:
-        return th.randn(shape, generator=self.generator, device=self.device)
-
-    @th.compiler.disable
-    def _draw_levels(self, *shape: int) -> th.Tensor:
+    def _draw_levels(self, n: int) -> th.Tensor:
         """Sampling levels with equal probability: the same law in both losses, or their shares would not be kept."""
         levels = self.measure.sampling_levels
-        return levels[th.randint(len(levels), shape, generator=self.generator, device=self.device)]
+        return levels[self._draw_integers(len(levels), n)]
 
     def _next_actions(self, batch: FutureStateSamples) -> th.Tensor:
         """$a'$: the measured policy's; of the data the logged action, or the actor's where the log has none."""
@@ -221,7 +217,9 @@ class MeasureAlgorithm(OfflineAlgorithm):
         next_observations = take_rows(batch.next_observations, rows)
         condition = target.condition(next_observations, self._next_actions(batch)[rows])
         path, clean = target.run(condition, self._draw_normal(n_chains, target.coder.dim))
-        stops = th.randint(len(path), (n_levels, n_chains), generator=self.generator, device=self.device)
+        stops = own_rows(
+            lambda n: th.randint(len(path), (n_levels, n), generator=self.generator, device=self.device), n_chains, dim=1
+        )
         levels = target.sampling_levels[stops].flatten()
         if self.scheme == "stopped":
             noisy = path[stops, th.arange(n_chains, device=self.device)].flatten(0, 1)

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_diffusion.buffers.samples import FutureStateSamples, Observations
 from sb3_diffusion.buffers.storage import EpisodeReplayBuffer
+from sb3_diffusion.common.distributed import own_rows
 from sb3_diffusion.common.utils import check_range
 
 OFFSET_DISTRIBUTIONS = ("truncated_geometric", "geometric", "uniform", "n_step")
@@ -142,7 +143,9 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
 
     def _draw_uniform(self, shape: th.Size) -> th.Tensor:
         """:return: numbers in [0, 1), float64 of that shape, on ``device``"""
-        return th.rand(shape, generator=self.generator, device=self.generator.device, dtype=th.float64).to(self.device)
+        device, generator = self.generator.device, self.generator
+        drawn = own_rows(lambda n: th.rand(n, generator=generator, device=device, dtype=th.float64), shape.numel())
+        return drawn.view(shape).to(self.device)
 
     def draw_n_future(self, flat_index: th.Tensor | np.ndarray) -> th.Tensor:
         r"""

@@ -13,6 +13,8 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_diffusion.common.distributed import own_rows
+
 if TYPE_CHECKING:
     from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 
@@ -716,7 +718,8 @@ class EpisodeReplayBuffer(ReplayBuffer):
         """
         n_rows, first = self._drawable_rows()
         generator = self.generator
-        index = th.randint(n_rows * self.n_envs, (batch_size,), generator=generator, device=generator.device)
+        n_steps = n_rows * self.n_envs
+        index = own_rows(lambda n: th.randint(n_steps, (n,), generator=generator, device=generator.device), batch_size)
         if first:
             index = (index + first * self.n_envs) % (self.buffer_size * self.n_envs)
         return index if generator.device == self.device else index.to(self.device)

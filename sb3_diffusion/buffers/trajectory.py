@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_diffusion.buffers.samples import Observations, TrajectorySamples
 from sb3_diffusion.buffers.storage import DeviceMirror, EpisodeReplayBuffer
+from sb3_diffusion.common.distributed import own_rows
 
 PADDINGS = ("repeat", "zeros", None)
 
@@ -251,7 +252,8 @@ class TrajectoryReplayBuffer(EpisodeReplayBuffer):
         if self._starts is None or self._starts.device != self.device:
             self._starts = self.all_starts()
         generator = self.generator
-        chosen = th.randint(len(self._starts), (batch_size,), generator=generator, device=generator.device)
+        n_starts = len(self._starts)
+        chosen = own_rows(lambda n: th.randint(n_starts, (n,), generator=generator, device=generator.device), batch_size)
         return self._starts[chosen.to(self.device)]
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> TrajectorySamples:  # type: ignore[override]

@@ -112,10 +112,8 @@ class ActorCriticAlgorithm(OfflineAlgorithm):
         self.policy.update_critic_target(self.tau)
         polyak_update(self._batch_norm_stats, self._batch_norm_stats_target, 1.0)
 
-    @th.compiler.disable
-    def _draw_normal(self, observations: PyTorchObs) -> th.Tensor:
-        shape = (n_rows(observations), self.actor.action_dim)
-        return th.randn(shape, generator=self.generator, device=self.device)
+    def _draw_action_noise(self, observations: PyTorchObs) -> th.Tensor:
+        return self._draw_normal(n_rows(observations), self.actor.action_dim)
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

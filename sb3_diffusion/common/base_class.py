@@ -13,12 +13,14 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
     Schedule,
     TrainFreq,
+    TrainFrequencyUnit,
 )
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv
@@ -26,6 +28,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer, concat_samples
 from sb3_diffusion.common.compilation import COMPILE_CHOICES, PRECISIONS, autocast
+from sb3_diffusion.common.distributed import n_processes, own_rows, own_share, process_rank, take_from_first
 from sb3_diffusion.common.policies import DiffusionPolicy
 from sb3_diffusion.common.utils import check_choice, check_range
 from sb3_diffusion.common.vec_normalize import fit_vec_normalize, is_unused
@@ -337,6 +340,23 @@ class OfflineAlgorithm(WatchedAlgorithm):
         self.generator.manual_seed(own_seed)
         self.acting_generator.manual_seed(own_seed + 1)
 
+    # What an update draws; where several processes train together, each keeps its rows of what all draw alike
+
+    @th.compiler.disable
+    def _draw_normal(self, *shape: int) -> th.Tensor:
+        def draw(n: int) -> th.Tensor:
+            return th.randn(n, *shape[1:], generator=self.generator, device=self.device)
+
+        return own_rows(draw, shape[0])
+
+    @th.compiler.disable
+    def _draw_uniform(self, n: int) -> th.Tensor:
+        return own_rows(lambda n: th.rand(n, generator=self.generator, device=self.device), n)
+
+    @th.compiler.disable
+    def _draw_integers(self, high: int, n: int) -> th.Tensor:
+        return own_rows(lambda n: th.randint(high, (n,), generator=self.generator, device=self.device), n)
+
     # ---------------------------------------------------------------- data
 
     @staticmethod
@@ -457,12 +477,37 @@ class OfflineAlgorithm(WatchedAlgorithm):
             )
         if reset_num_timesteps:
             self._pretrain_timesteps = 0
+        if n_processes() > 1:
+            self._join_processes()
+            progress_bar = progress_bar and process_rank() == 0
         if self._offline:
             self._learn_offline(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         else:
             self._learn_online(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         self._record_losses()
         return self
+
+    def _join_processes(self) -> None:
+        """Begin where the first of several processes is, which alone writes a log; each steps its own environments."""
+        own_share(self.batch_size)
+        states = {name: generator.get_state() for name, generator in self.generators().items()}
+        take_from_first([*self.policy.state_dict().values(), *states.values()])
+        for name, generator in self.generators().items():
+            generator.set_state(states[name])
+        if process_rank() > 0:
+            self.set_logger(Logger(folder=None, output_formats=[]))
+        if not self._offline:
+            self._seed_apart()
+
+    def _seed_apart(self) -> None:
+        """Online, what the processes collect must differ, while what they draw for their updates must not."""
+        if self.train_freq.unit == TrainFrequencyUnit.EPISODE:  # type: ignore[union-attr]
+            raise ValueError("Several processes make their updates together: `train_freq` must count steps, not episodes.")
+        seed = int(th.randint(2**31, (1,), generator=self.acting_generator).item()) + process_rank()
+        self.acting_generator.manual_seed(seed)
+        self.action_space.seed(seed)
+        assert self.env is not None
+        self.env.seed(seed + process_rank() * self.env.num_envs)
 
     def _learn_offline(
         self,
@@ -488,7 +533,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
         callback.on_training_start(locals(), globals())
         callback.on_rollout_start()
         while self.num_timesteps < total_timesteps:
-            self.train(gradient_steps=1, batch_size=self.batch_size)
+            self.train(gradient_steps=1, batch_size=own_share(self.batch_size))
             self.num_timesteps += 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             callback.update_locals(locals())
@@ -547,7 +592,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
                 break
             n_updates = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
             if n_updates > 0 and self.num_timesteps > first_update:
-                self.train(gradient_steps=n_updates, batch_size=self.batch_size)
+                self.train(gradient_steps=n_updates, batch_size=own_share(self.batch_size))
         callback.on_training_end()
 
     def _setup_learn_offline(

@@ -10,6 +10,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 
 from sb3_diffusion.common.allowlist import register_value_class
+from sb3_diffusion.common.distributed import average, average_gradients
 
 
 class NonFiniteError(FloatingPointError):
@@ -27,21 +28,23 @@ def minimize(optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: floa
     :param optimizer: optimiser of the parameters to change
     :param loss: scalar tensor
     :param max_grad_norm: largest norm of the gradient; None for no bound
-    :return: the loss, detached
+    :return: the loss, detached; where several processes train together, its mean over them
     :raises NonFiniteError: instead of the step
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     on_cpu = loss.device.type == "cpu"
-    if on_cpu and not math.isfinite(value := loss.item()):
+    mean_loss = average(loss.detach())
+    if on_cpu and not math.isfinite(value := mean_loss.item()):
         raise NonFiniteError(f"is {value}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)
+    average_gradients(parameters)
     if max_grad_norm is not None:
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if on_cpu and not math.isfinite(value := norm.item()):
             raise NonFiniteError(f"has a gradient of norm {value}")
     optimizer.step()
-    return loss.detach()
+    return mean_loss
 
 
 def move_average(averages: Iterable[th.Tensor], values: Iterable[th.Tensor], decay: float) -> None:

@@ -15,6 +15,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
+from sb3_diffusion.common.distributed import average
 from sb3_diffusion.common.utils import check_choice, check_range
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffsr.linear import LinearFit, fit_linear
@@ -413,7 +414,7 @@ class DiffSR(OfflineAlgorithm):
         """One step on the features, Algorithm 1."""
         transitions = batch if self.n_steps == 1 else self._sample_single_steps(len(batch.rewards))
         n = len(transitions.rewards)
-        level = th.randint(self.n_diffusion_steps, (n,), generator=self.generator, device=self.device)
+        level = self._draw_integers(self.n_diffusion_steps, n)
         noise = self._draw_normal(n, self.critic.diffused_dim)
         loss = self._feature_loss(transitions, noise, level)
         if self._critic_reaches_features:
@@ -435,10 +436,6 @@ class DiffSR(OfflineAlgorithm):
         feature_schedule = self.lr_schedule if self.feature_learning_rate is None else self.feature_lr_schedule
         update_learning_rate(self.critic.optimizer, critic_schedule(self._current_progress_remaining))
         update_learning_rate(self.critic.feature_optimizer, feature_schedule(self._current_progress_remaining))
-
-    @th.compiler.disable
-    def _draw_normal(self, *shape: int) -> th.Tensor:
-        return th.randn(shape, generator=self.generator, device=self.device)
 
     @property
     def _critic_reaches_features(self) -> bool:
@@ -526,7 +523,7 @@ class DiffSR(OfflineAlgorithm):
             return 0.0
         phi = unit_features(psi)
         covariance = self.policy.feature_covariance
-        covariance.lerp_(phi.T @ phi / len(phi), self.tau)
+        covariance.lerp_(average(phi.T @ phi / len(phi)), self.tau)
         assert self.replay_buffer is not None
         n_samples = self.replay_buffer.size() * self.replay_buffer.n_envs
         bonus = self.exploration_coef * elliptical_bonus(phi, covariance, n_samples)
@@ -548,7 +545,7 @@ class DiffSR(OfflineAlgorithm):
         if log_prob is not None:
             loss = loss + (self._temperature() * log_prob).mean()
         if self._offline and self.bc_coef > 0.0:
-            scale = q_value.detach().abs().mean().clamp(min=MIN_Q_SCALE)
+            scale = average(q_value.detach().abs().mean()).clamp(min=MIN_Q_SCALE)
             loss = loss / scale + self.bc_coef * self._bc_loss(batch, actions)
         return loss
 

@@ -15,6 +15,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_diffusion.buffers import EpisodeReplayBuffer, TrajectoryReplayBuffer, TrajectorySamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated, autocast
+from sb3_diffusion.common.distributed import average
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffuser.policies import (
@@ -481,20 +482,18 @@ class Diffuser(OfflineAlgorithm):
         states = self.actor.layout.states(batch.observations)
         return self.actor.window_normalizer(th.cat([batch.actions, states], dim=-1))
 
-    @th.compiler.disable
     def _draw_levels(self, n: int) -> th.Tensor:
-        return th.randint(self.n_diffusion_steps, (n,), generator=self.generator, device=self.device)
+        return self._draw_integers(self.n_diffusion_steps, n)
 
-    @th.compiler.disable
     def _draw_noise(self, windows: th.Tensor) -> th.Tensor:
-        return th.randn(windows.shape, generator=self.generator, device=self.device)
+        return self._draw_normal(*windows.shape)
 
     @accelerated
     def _planner_loss(self, windows: th.Tensor, batch: TrajectorySamples) -> th.Tensor:
         r"""$E[w_{hc} \|\epsilon_\theta(x_i, i) - \mathrm{target}\|^2]$ with the given entries clean (section 3.1)."""
         errors = self.actor.loss(windows, self._draw_noise(windows), self._draw_levels(len(windows)))
         counts = th.ones_like(batch.mask) if self.count_padding else th.maximum(batch.mask, batch.terminated)
-        return (errors * self._loss_weights).mean(dim=-1).mul(counts).sum() / counts.sum()
+        return (errors * self._loss_weights).mean(dim=-1).mul(counts).sum() / average(counts.sum())
 
     @accelerated
     def _value_loss(self, value: TrajectoryValue, windows: th.Tensor, batch: TrajectorySamples) -> th.Tensor:

@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
+from sb3_diffusion.common.distributed import average
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
 from sb3_diffusion.diffusion_ql.policies import (
     CnnPolicy,
@@ -301,9 +302,8 @@ class DiffusionQL(ActorCriticAlgorithm):
         decay = self.ema_decay if self.ema_start > 0 else warmed_up_decay(self.ema_decay, self._n_updates + 1)
         self.actor.update_average(decay)
 
-    @th.compiler.disable
     def _draw_latents(self, n: int) -> th.Tensor:
-        return th.randn(n, *self.actor.latent_shape, generator=self.generator, device=self.device)
+        return self._draw_normal(n, *self.actor.latent_shape)
 
     # ---------------------------------------------------------------- losses
 
@@ -331,8 +331,7 @@ class DiffusionQL(ActorCriticAlgorithm):
         $L_d(\theta) = E[\|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_i} a + \sqrt{1 - \bar\alpha_i} \epsilon, s, i)\|^2]$,
         eq. 2; a mean over dimensions.
         """
-        noise = th.randn(actions.shape, generator=self.generator, device=self.device)
-        step = th.randint(self.n_diffusion_steps, (len(actions),), generator=self.generator, device=self.device)
+        noise, step = self._draw_normal(*actions.shape), self._draw_integers(self.n_diffusion_steps, len(actions))
         return self.actor.denoiser.loss(actions, noise, step, features).mean()
 
     def _q_loss(self, batch: Batch, features: th.Tensor) -> th.Tensor:
@@ -352,7 +351,7 @@ class DiffusionQL(ActorCriticAlgorithm):
             q_values = self.critic.q_values_of((first + 1) % self.critic.n_critics, features, actions)
         else:
             q_values = self.critic.q_values(features, batch.actions)
-        return q_values.abs().mean().clamp(min=MIN_Q_SCALE)
+        return average(q_values.abs().mean()).clamp(min=MIN_Q_SCALE)
 
     @accelerated_actor_loss
     def _actor_loss(self, batch: Batch) -> th.Tensor:

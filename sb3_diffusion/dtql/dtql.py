@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
+from sb3_diffusion.common.distributed import average, standard_deviation
 from sb3_diffusion.common.policies import ActionDenoiser, QCritic
 from sb3_diffusion.common.schedules import log_logistic_sigmas
 from sb3_diffusion.common.utils import check_choice, check_range, expectile_loss
@@ -324,12 +325,10 @@ class DTQL(ActorCriticAlgorithm):
     def _track_advantages(self, advantages: th.Tensor) -> None:
         """Running standard deviation of the advantages, from the start an average over the updates so far."""
         weight = max(0.01, 1.0 / (self._n_updates + 1))
-        self.policy.advantage_scale.lerp_(advantages.std(correction=0), weight)
+        self.policy.advantage_scale.lerp_(standard_deviation(advantages), weight)
 
-    @th.compiler.disable
     def _draw_sigma(self, n: int) -> th.Tensor:
-        uniform = th.rand(n, generator=self.generator, device=self.device)
-        return log_logistic_sigmas(uniform, self.sigma_data, self.sigma_min, self.sigma_max)
+        return log_logistic_sigmas(self._draw_uniform(n), self.sigma_data, self.sigma_min, self.sigma_max)
 
     # ---------------------------------------------------------------- losses
 
@@ -357,7 +356,7 @@ class DTQL(ActorCriticAlgorithm):
     @accelerated
     def _behavior_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         r"""$L(\phi) = E[w(\sigma) \|\mu_\phi(a + \sigma\epsilon, \sigma | s) - a\|^2]$ (eq. 2), a mean over dimensions."""
-        noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
+        noise, sigma = self._draw_action_noise(observations), self._draw_sigma(len(actions))
         return self.behavior.loss(observations, actions, noise, sigma).mean()
 
     def _trust_region_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
@@ -370,7 +369,7 @@ class DTQL(ActorCriticAlgorithm):
         distribution matching distillation (arXiv 2311.18828, eqs. 7 and 8).
         """
         with th.no_grad():
-            noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
+            noise, sigma = self._draw_action_noise(observations), self._draw_sigma(len(actions))
             noisy = self.behavior.denoiser.corrupt(actions, noise, sigma)
             real = self.behavior(observations, noisy, sigma)
             fake = self.fake_behavior(observations, noisy, sigma)
@@ -381,14 +380,14 @@ class DTQL(ActorCriticAlgorithm):
     def _fake_behavior_loss(self, observations: PyTorchObs) -> th.Tensor:
         """Eq. 2 for the diffusion model of the actor's actions."""
         with th.no_grad():
-            actions = self.actor(observations, self._draw_normal(observations))
-        noise, sigma = self._draw_normal(observations), self._draw_sigma(len(actions))
+            actions = self.actor(observations, self._draw_action_noise(observations))
+        noise, sigma = self._draw_action_noise(observations), self._draw_sigma(len(actions))
         return self.fake_behavior.loss(observations, actions, noise, sigma).mean()
 
     @accelerated_actor_loss
     def _actor_loss(self, batch: Batch) -> th.Tensor:
         r"""$L_\pi(\theta) = \alpha L_{TR}(\theta) - E[\min_i Q_i(s, a_\theta)]$ (eq. 5), and the entropy term if asked for."""
-        actions = self.actor(batch.observations, self._draw_normal(batch.observations))
+        actions = self.actor(batch.observations, self._draw_action_noise(batch.observations))
         q_values = self.critic(batch.observations, actions).amin(dim=0)
         q_loss = -q_values.mean() / self._q_scale(q_values.detach())
         regularize = self._kl_loss if self.regularizer == "kl" else self._trust_region_loss
@@ -401,7 +400,7 @@ class DTQL(ActorCriticAlgorithm):
         if self.q_normalization == "advantage":
             return self.policy.advantage_scale.clamp(min=MIN_Q_SCALE)
         if self.q_normalization == "magnitude":
-            return q_values.abs().mean().clamp(min=MIN_Q_SCALE)
+            return average(q_values.abs().mean()).clamp(min=MIN_Q_SCALE)
         return 1.0
 
     def _nll_loss(self, batch: Batch) -> th.Tensor:
@@ -414,7 +413,7 @@ class DTQL(ActorCriticAlgorithm):
         """What an imitating actor learns: the data's actions if it has a likelihood, else the trust region alone."""
         if isinstance(self.actor, GaussianActor):
             return self._nll_loss(batch)
-        actions = self.actor(batch.observations, self._draw_normal(batch.observations))
+        actions = self.actor(batch.observations, self._draw_action_noise(batch.observations))
         return self._trust_region_loss(batch.observations, actions)
 
     def _excluded_save_params(self) -> list[str]:
