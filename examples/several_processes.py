@@ -12,7 +12,7 @@ import os
 import torch as th
 from torch import distributed as dist
 
-from sb3_diffusion import DTQL, load_dataset
+from sb3_diffusion import DTQL, load_dataset, make_env
 from sb3_diffusion.common.distributed import n_processes, process_rank
 from sb3_diffusion.datasets import DEFAULT_DATASET_ID
 from sb3_diffusion.evaluation import evaluate
@@ -41,7 +41,7 @@ def main() -> None:
     model.learn(options.steps, progress_bar=True)
     if process_rank() == 0:  # all of them are the same now
         model.save(options.out)
-        result = evaluate(model, model.get_env(), options.episodes, seed=0)
+        result = evaluate(model, make_env(options.dataset), options.episodes, seed=0)
         print(f"{n_processes()} process(es), {options.steps} steps: mean return {result.returns.mean():.1f}")
     if n_processes() > 1:
         dist.destroy_process_group()
