@@ -51,7 +51,9 @@ def pull(model: DiffusionQL, batch_size: int = 4_096) -> float:
     features = model.actor.features(batch.observations)
     parameters = list(model.actor.denoiser.parameters())
     norms = []
-    for loss in (model._q_loss(batch, features), model._bc_loss(features, batch.actions)):
+    q_loss = model._q_loss(batch, features, *model._draw_for_q_loss(batch))
+    bc_loss = model._bc_loss(features, batch.actions, *model._draw_corruption(batch))
+    for loss in (q_loss, bc_loss):
         gradients = th.autograd.grad(loss, parameters, retain_graph=True)
         norms.append(float(th.stack([gradient.norm() for gradient in gradients]).norm()))
     return norms[0] / norms[1]

@@ -13,7 +13,7 @@ from algos import ALGOS, VARIANTS, AlgoSpec
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
-from sb3_diffusion import DTQL, DiffusionQL, OfflineDataset
+from sb3_diffusion import DTQL, Diffuser, DiffusionQL, OfflineDataset
 from sb3_diffusion.common import compilation
 
 N_UPDATES = 3
@@ -48,6 +48,8 @@ def assert_same_updates(spec: AlgoSpec, data: OfflineDataset) -> None:
     eager, compiled = (spec.make(dataset=data, compile=compile).learn(N_UPDATES) for compile in (False, True))
     assert counters["stats"]["unique_graphs"] > 0
     assert not compiled._compiler_failed
+    if isinstance(compiled, (DTQL, DiffusionQL, Diffuser)):
+        assert not counters["graph_break"]
     expected, got = eager.policy.state_dict(), compiled.policy.state_dict()
     assert expected.keys() == got.keys()
     for name, value in expected.items():
@@ -69,7 +71,11 @@ def test_actor_loss_asks_for_no_other_gradients(algorithm: Any, box_dataset: Off
     arguments: dict[str, Any] = dict(dataset=box_dataset, n_imitation_steps=0, policy_kwargs=dict(net_arch=[8]))
     model = algorithm("MlpPolicy", None, compile=True, **arguments)
     wanted = {name for name, parameter in model.policy.named_parameters() if parameter.requires_grad}
-    loss = model._actor_loss(model.sample_batch(8))
+    batch = model.sample_batch(8)
+    if algorithm is DTQL:
+        loss = model._actor_loss(batch, model._draw_action_noise(batch.observations), *model._draw_corruption(batch))
+    else:
+        loss, *_ = model._actor_loss(batch, *model._draw_corruption(batch), *model._draw_for_q_loss(batch))
     assert {name for name, parameter in model.policy.named_parameters() if parameter.requires_grad} == wanted
     learned = {name for name in wanted if name.startswith("actor.")}
     parameters = [model.policy.get_parameter(name) for name in wanted]

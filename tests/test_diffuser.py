@@ -373,7 +373,7 @@ def test_given_entries_are_clean_in_training_and_free_of_gradient(prediction_typ
     calls = Calls(net)
     batch = model.sample_batch(16)
     windows = model._normalized_windows(batch)
-    model._planner_loss(windows, batch._replace(mask=th.ones_like(batch.mask))).backward()
+    planner_loss(model, windows, batch._replace(mask=th.ones_like(batch.mask))).backward()
     known = model.actor.layout.known()
     gradient = net.output.grad
     assert gradient is not None
@@ -483,6 +483,16 @@ def slow_noisy(model: Diffuser, window: th.Tensor, noise: th.Tensor, level: int)
     return noisy
 
 
+def planner_loss(model: Diffuser, windows: th.Tensor, batch: TrajectorySamples) -> th.Tensor:
+    """The losses at what an update draws for them."""
+    return model._planner_loss(windows, batch, model._draw_noise(windows), model._draw_levels(len(windows)))
+
+
+def value_loss(model: Diffuser, windows: th.Tensor, batch: TrajectorySamples) -> th.Tensor:
+    level = model._draw_levels(len(windows))
+    return model._value_loss(model.value, windows, batch, model._draw_noise(windows), level)
+
+
 def slow_planner_loss(
     model: Diffuser, windows: th.Tensor, batch: TrajectorySamples, noise: th.Tensor, levels: th.Tensor
 ) -> float:
@@ -529,7 +539,7 @@ def test_planner_loss_is_a_loop(prediction_type: str, kwargs: dict[str, Any]) ->
     batch, last = model.sample_batch(12), drawn(model)
     windows = model._normalized_windows(batch)
     with th.no_grad():
-        loss = model._planner_loss(windows, batch).item()
+        loss = planner_loss(model, windows, batch).item()
         slow = slow_planner_loss(model, windows, batch, *last())
     assert loss == pytest.approx(slow, rel=1e-4)
     assert 0.0 < batch.mask.mean() < 1.0 or model.padding is None
@@ -551,7 +561,7 @@ def test_windows_are_actions_then_states_normalised() -> None:
 def rows_that_count(model: Diffuser, batch: TrajectorySamples) -> th.Tensor:
     """Which rows of the windows the loss depends on, bool, shape ``(batch_size, horizon)``."""
     net = model.actor.conditioned.net = Parameter(len(batch.mask), model.horizon, OBS_DIM + ACTION_DIM)
-    model._planner_loss(model._normalized_windows(batch), batch).backward()
+    planner_loss(model, model._normalized_windows(batch), batch).backward()
     assert net.output.grad is not None
     return net.output.grad.abs().sum(dim=2) > 0.0
 
@@ -585,7 +595,7 @@ def test_error_of_the_first_action_pulls_ten_times_as_hard() -> None:
     net = model.actor.conditioned.net = Parameter(16, HORIZON, 5)
     with th.no_grad():
         net.output.copy_(windows + 1.0)  # the same error everywhere
-    model._planner_loss(windows, batch._replace(mask=th.ones_like(batch.mask))).backward()
+    planner_loss(model, windows, batch._replace(mask=th.ones_like(batch.mask))).backward()
     assert net.output.grad is not None
     first, second = net.output.grad[:, 0, :ACTION_DIM], net.output.grad[:, 1, :ACTION_DIM]
     th.testing.assert_close(first / second, th.full_like(first, 10.0), rtol=1e-3, atol=0.0)
@@ -620,7 +630,7 @@ def test_value_loss_is_a_loop(kwargs: dict[str, Any]) -> None:
     batch, last = model.dataset_buffer._get_samples(np.array(index)), drawn(model)
     windows = model._normalized_windows(batch)
     with th.no_grad():
-        loss = model._value_loss(model.value, windows, batch).item()
+        loss = value_loss(model, windows, batch).item()
         noise, levels = last()
         total = 0.0
         for i, t in enumerate(index):
@@ -671,12 +681,12 @@ def test_an_update_of_the_value_needs_no_planner_and_the_other_way_round() -> No
     model = make_model()
     batch = model.sample_batch(16)
     windows = model._normalized_windows(batch)
-    model._value_loss(model.value, windows, batch).backward()
+    value_loss(model, windows, batch).backward()
     assert all(parameter.grad is None for parameter in trained(model.actor))
     assert all(parameter.grad is not None for parameter in trained(model.value))
     for parameter in trained(model.value):
         parameter.grad = None
-    model._planner_loss(windows, batch).backward()
+    planner_loss(model, windows, batch).backward()
     assert all(parameter.grad is None for parameter in trained(model.value))
     assert all(parameter.grad is not None for parameter in trained(model.actor))
 

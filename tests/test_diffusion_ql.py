@@ -289,6 +289,24 @@ def slow_targets(model: DiffusionQL, batch: ReplayBufferSamples, latents: th.Ten
     return targets
 
 
+def critic_loss(model: DiffusionQL, batch: ReplayBufferSamples) -> th.Tensor:
+    """The losses at what an update draws for them."""
+    return model._critic_loss(batch, model._draw_next_latents(batch))[0]
+
+
+def next_values(model: DiffusionQL, batch: ReplayBufferSamples) -> th.Tensor:
+    return model._next_values(batch, model._draw_next_latents(batch))
+
+
+def bc_loss(model: DiffusionQL, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    noise, step = model._draw_normal(*actions.shape), model._draw_integers(model.n_diffusion_steps, len(actions))
+    return model._bc_loss(features, actions, noise, step)
+
+
+def actor_loss(model: DiffusionQL, batch: ReplayBufferSamples) -> th.Tensor:
+    return model._actor_loss(batch, *model._draw_corruption(batch), *model._draw_for_q_loss(batch))[0]
+
+
 @pytest.mark.parametrize("n_critics", [1, 2, 3])
 @pytest.mark.parametrize("kwargs", [dict(), dict(max_q_backup=True, n_backup_actions=3)])
 @pytest.mark.parametrize("with_discounts", [False, True])
@@ -301,7 +319,7 @@ def test_critic_loss_is_a_loop(n_critics: int, kwargs: dict[str, Any], with_disc
     batch = make_batch(8, **discounts)
     drawn = spy(model, "_draw_latents")
     with th.no_grad():
-        loss = model._critic_loss(batch).item()
+        loss = critic_loss(model, batch).item()
         (latents,) = drawn
         targets = slow_targets(model, batch, latents)
         q_values = model.critic(batch.observations, batch.actions)
@@ -316,9 +334,9 @@ def test_backup_takes_the_largest_value_of_each_critic_first() -> None:
     model = make_model(max_q_backup=True, n_backup_actions=2)
     values = th.tensor([[0.0, 3.0, -7.0, -9.0], [2.0, 1.0, -8.0, -5.0]]).unsqueeze(2)
     model.critic_target.q_values = lambda features, actions: values
-    assert model._next_values(make_batch(2)).tolist() == [[2.0], [-7.0]]
+    assert next_values(model, make_batch(2)).tolist() == [[2.0], [-7.0]]
     model.max_q_backup = False
-    assert model._next_values(make_batch(4)).tolist() == [[0.0], [1.0], [-8.0], [-9.0]]
+    assert next_values(model, make_batch(4)).tolist() == [[0.0], [1.0], [-8.0], [-9.0]]
 
 
 def test_terminal_rows_are_worth_their_reward_and_others_bootstrap() -> None:
@@ -327,11 +345,11 @@ def test_terminal_rows_are_worth_their_reward_and_others_bootstrap() -> None:
         for parameter in model.critic.parameters():
             parameter.zero_()
     rewards, dones = th.tensor([[0.3], [-2.0]]), th.tensor([[1.0], [0.0]])
-    model._next_values = lambda batch: th.full((len(batch.rewards), 1), 1e6)
+    model._next_values = lambda batch, latents: th.full((len(batch.rewards), 1), 1e6)
     batch = make_batch(2, rewards=rewards, dones=dones)
     rows = [ReplayBufferSamples(*(None if x is None else x[i : i + 1] for x in batch)) for i in range(2)]
-    assert model._critic_loss(rows[0]).item() == 2.0 * rewards[0].square().item()
-    assert model._critic_loss(rows[1]).item() == pytest.approx(2.0 * (9e5 - 2.0) ** 2)
+    assert critic_loss(model, rows[0]).item() == 2.0 * rewards[0].square().item()
+    assert critic_loss(model, rows[1]).item() == pytest.approx(2.0 * (9e5 - 2.0) ** 2)
 
 
 @pytest.mark.parametrize("n_steps", [1, 3])
@@ -357,7 +375,7 @@ def test_targets_at_terminations_and_truncations(n_steps: int) -> None:
         target = sum(gamma ** (j - step) * float(rewards[j]) for j in range(step, last + 1))
         if last != 3:
             target += gamma ** (last - step + 1) * 10.0
-        assert model._critic_loss(row).item() == pytest.approx(2.0 * target**2, rel=1e-4, abs=1e-6)  # Q = 0
+        assert critic_loss(model, row).item() == pytest.approx(2.0 * target**2, rel=1e-4, abs=1e-6)  # Q = 0
     assert seen == set(range(n))
 
 
@@ -369,12 +387,12 @@ def test_targets_come_from_the_averaged_actor_and_the_target_critic(name: str, m
     model, batch = make_model(policy_kwargs=dict(features_extractor_class=LinearExtractor)), make_batch(16)
     tame(model.actor_target)
     state = model.generator.get_state()
-    before = model._next_values(batch)
+    before = next_values(model, batch)
     network = getattr(model, name)
     part = network.features_extractor if features_alone else network
     perturb(part.parameters() if matters else trained(part))
     model.generator.set_state(state)
-    assert th.equal(model._next_values(batch), before) is not matters
+    assert th.equal(next_values(model, batch), before) is not matters
 
 
 def test_targets_carry_no_gradient() -> None:
@@ -382,7 +400,7 @@ def test_targets_carry_no_gradient() -> None:
     targets = [*model.actor_target.parameters(), *model.critic_target.parameters()]
     for parameter in targets:
         parameter.requires_grad_(True)
-    loss = model._critic_loss(batch)
+    loss = critic_loss(model, batch)
     everything = [*targets, *trained(model.actor)]
     assert all(gradient is None for gradient in th.autograd.grad(loss, everything, allow_unused=True, retain_graph=True))
     assert all(gradient is not None for gradient in th.autograd.grad(loss, trained(model.critic)))
@@ -410,7 +428,7 @@ def test_denoising_loss_is_a_loop(prediction_type: str, n_diffusion_steps: int) 
     batch = make_batch(16)
     bar = vp_alphas_bar(n_diffusion_steps)
     with th.no_grad():
-        loss = model._bc_loss(model.actor.features(batch.observations), batch.actions).item()
+        loss = bc_loss(model, model.actor.features(batch.observations), batch.actions).item()
         ((noise, steps),) = draws
         total = 0.0
         for i in range(16):
@@ -432,8 +450,8 @@ def test_denoising_loss_draws_uniform_steps_and_normal_noise() -> None:
     draws = record_draws(model)
     n = 10_000
     with th.no_grad():
-        model._bc_loss(th.zeros(n, OBS_DIM), th.zeros(n, ACTION_DIM))
-        model._bc_loss(th.zeros(n, OBS_DIM), th.zeros(n, ACTION_DIM))
+        bc_loss(model, th.zeros(n, OBS_DIM), th.zeros(n, ACTION_DIM))
+        bc_loss(model, th.zeros(n, OBS_DIM), th.zeros(n, ACTION_DIM))
     (noise, steps), (other_noise, other_steps) = draws
     counts = steps.bincount()
     assert len(counts) == 5
@@ -452,7 +470,7 @@ def test_denoising_loss_of_a_trained_actor_comes_down_to_its_floor() -> None:
     generator = th.Generator().manual_seed(0)
 
     def loss(n: int) -> th.Tensor:
-        return model._bc_loss(th.zeros(n, OBS_DIM), 0.5 + 0.2 * th.randn(n, ACTION_DIM, generator=generator))
+        return bc_loss(model, th.zeros(n, OBS_DIM), 0.5 + 0.2 * th.randn(n, ACTION_DIM, generator=generator))
 
     losses = []
     for n_updates in (0, 50, 450):
@@ -466,6 +484,10 @@ def test_denoising_loss_of_a_trained_actor_comes_down_to_its_floor() -> None:
 
 
 # ---------------------------------------------------------------- action values in the actor's loss
+
+
+def q_loss_of(model: DiffusionQL, batch: ReplayBufferSamples, features: th.Tensor) -> th.Tensor:
+    return model._q_loss(batch, features, *model._draw_for_q_loss(batch))
 
 
 def fix_latents(model: DiffusionQL, latents: th.Tensor) -> None:
@@ -508,7 +530,7 @@ def test_q_loss_is_a_loop_for_each_draw_of_the_critic(n_critics: int, q_normaliz
                 None: 1.0,
             }[q_normalization]
             expected = -sum(row[first] for row in values) / n / scale
-            assert model._q_loss(batch, features).item() == pytest.approx(expected, rel=1e-3)
+            assert q_loss_of(model, batch, features).item() == pytest.approx(expected, rel=1e-3)
             seen.add(first)
     assert seen == set(range(n_critics))
 
@@ -520,13 +542,13 @@ def test_each_critic_is_drawn_as_often_as_the_other() -> None:
         model.critic.q_net[-1].weight.zero_()
         model.critic.q_net[-1].bias.copy_(th.tensor([0.0, 1.0]).reshape(2, 1, 1))
     features = th.zeros(2, OBS_DIM)
-    share = -sum(model._q_loss(batch, features).item() for _ in range(1000)) / 1000
+    share = -sum(q_loss_of(model, batch, features).item() for _ in range(1000)) / 1000
     assert share == pytest.approx(0.5, abs=0.06)
 
 
 def q_loss_and_gradient(model: DiffusionQL, batch: ReplayBufferSamples) -> tuple[float, th.Tensor]:
     model.generator.manual_seed(0)
-    loss = model._q_loss(batch, model.actor.features(batch.observations))
+    loss = q_loss_of(model, batch, model.actor.features(batch.observations))
     return loss.item(), flat_gradient(loss, trained(model.actor))
 
 
@@ -583,10 +605,10 @@ def test_q_loss_goes_down_as_the_actor_follows_it() -> None:
     model, batch = make_model(q_normalization=None, learning_rate=1e-2), make_batch(64)
     model.critic.q_values_of = lambda member, features, actions: actions[None, :, :1]
     features = model.actor.features(batch.observations)
-    before = -model._q_loss(batch, features).item()
+    before = -q_loss_of(model, batch, features).item()
     for _ in range(60):
-        minimize(model.actor.optimizer, model._q_loss(batch, features))
-    after = -model._q_loss(batch, features).item()
+        minimize(model.actor.optimizer, q_loss_of(model, batch, features))
+    after = -q_loss_of(model, batch, features).item()
     assert after > before + 0.3
 
 
@@ -605,7 +627,7 @@ def exact_model() -> tuple[DiffusionQL, ReplayBufferSamples, list[th.Tensor]]:
 
 def q_loss(model: DiffusionQL, batch: ReplayBufferSamples) -> th.Tensor:
     model.generator.manual_seed(0)
-    return model._q_loss(batch, model.actor.features(batch.observations))
+    return q_loss_of(model, batch, model.actor.features(batch.observations))
 
 
 def test_gradient_reaches_every_call_of_the_network() -> None:
@@ -649,9 +671,9 @@ def test_gradient_is_the_finite_difference(name: str) -> None:
 @pytest.mark.parametrize("bc_coef", [0.0, 3.0])
 def test_actor_loss_is_the_weighted_sum(q_coef: float, bc_coef: float) -> None:
     model = make_model(q_coef=q_coef, bc_coef=bc_coef, online_bc_coef=100.0)
-    model._bc_loss = lambda features, actions: th.tensor(0.3)
-    model._q_loss = lambda batch, features: th.tensor(-7.0)
-    assert model._actor_loss(make_batch(4)).item() == pytest.approx(0.3 * bc_coef - 7.0 * q_coef)
+    model._bc_loss = lambda *args: th.tensor(0.3)
+    model._q_loss = lambda *args: th.tensor(-7.0)
+    assert actor_loss(model, make_batch(4)).item() == pytest.approx(0.3 * bc_coef - 7.0 * q_coef)
 
 
 def test_cloning_is_weaker_without_data() -> None:
@@ -659,15 +681,15 @@ def test_cloning_is_weaker_without_data() -> None:
         model = make_model(bc_coef=5.0, online_bc_coef=0.3, q_coef=0.0)
         if not dataset_kept:
             model.set_dataset(None)
-        model._bc_loss = lambda features, actions: th.tensor(2.0)
-        assert model._actor_loss(make_batch(4)).item() == pytest.approx(2.0 * coef)
+        model._bc_loss = lambda *args: th.tensor(2.0)
+        assert actor_loss(model, make_batch(4)).item() == pytest.approx(2.0 * coef)
 
 
 def test_actor_step_leaves_the_other_networks_alone() -> None:
     model, batch = make_model(), make_batch(16)
     others = [model.critic, model.critic_target, model.actor_target]
     before, before_actor = [weights(network) for network in others], actor_weights(model)
-    minimize(model.actor.optimizer, model._actor_loss(batch))
+    minimize(model.actor.optimizer, actor_loss(model, batch))
     for network, values in zip(others, before, strict=True):
         assert equal(weights(network), values)
         assert all(parameter.grad is None for parameter in network.parameters())
@@ -679,7 +701,7 @@ def test_critic_step_leaves_the_actors_and_the_target_alone() -> None:
     model, batch = make_model(), make_batch(16)
     others = [model.actor, model.critic_target]  # the first holds its average
     before, before_critic = [weights(network) for network in others], weights(model.critic)
-    minimize(model.critic.optimizer, model._critic_loss(batch))
+    minimize(model.critic.optimizer, critic_loss(model, batch))
     for network, values in zip(others, before, strict=True):
         assert equal(weights(network), values)
         assert all(parameter.grad is None for parameter in network.parameters())
@@ -934,7 +956,7 @@ def test_cloning_alone_comes_before_the_action_values(argument: str) -> None:
             assert model.pretraining is (argument == "n_pretrain_steps")
             model.train(gradient_steps=1, batch_size=16)
         assert equal(actor_weights(runs[0]), actor_weights(runs[1]))
-        assert actor_losses[step].item() == 2.0 * bc_losses[step].item()
+        assert actor_losses[step][0].item() == 2.0 * bc_losses[step].item()
     assert not q_losses
     assert not equal(weights(runs[1].critic), critic)  # it learns meanwhile
     assert not equal(actor_weights(runs[1]), start)
@@ -952,7 +974,7 @@ def test_nothing_is_imitated_online() -> None:
     assert not model.imitating
     assert not model.pretraining
     q_losses = spy(model, "_q_loss")
-    model._actor_loss(make_batch(4))
+    actor_loss(model, make_batch(4))
     assert len(q_losses) == 1
 
 
@@ -1531,9 +1553,9 @@ def test_shared_features_extractor_learns_with_the_actor_alone() -> None:
     assert model.critic.features_extractor is extractor
     assert model.critic_target.features_extractor is not extractor
     batch, before = make_batch(16), weights(extractor)
-    minimize(model.critic.optimizer, model._critic_loss(batch))
+    minimize(model.critic.optimizer, critic_loss(model, batch))
     assert equal(weights(extractor), before)
-    minimize(model.actor.optimizer, model._actor_loss(batch))
+    minimize(model.actor.optimizer, actor_loss(model, batch))
     assert not equal(weights(extractor), before)
 
 
@@ -1581,7 +1603,7 @@ def test_bandit_of_four_corners() -> None:
         batch_size=128,
         policy_kwargs=dict(net_arch=[64] * 3),
     )
-    model._next_values = lambda batch: th.zeros_like(batch.rewards)  # there is nothing after the one step
+    model._next_values = lambda batch, latents: th.zeros_like(batch.rewards)  # there is nothing after the one step
     model.learn(n_cloning)
     shares = shares_of_corners(model)
     assert shares.min() > 0.1

@@ -87,6 +87,19 @@ def critic_loss(model: DTQL, batch: ReplayBufferSamples) -> th.Tensor:
     return model._critic_loss(batch)[0]
 
 
+def actor_loss(model: DTQL, batch: ReplayBufferSamples) -> th.Tensor:
+    """The loss at what an update draws for it."""
+    return model._actor_loss(batch, model._draw_action_noise(batch.observations), *model._draw_corruption(batch))
+
+
+def behavior_loss(model: DTQL, batch: ReplayBufferSamples) -> th.Tensor:
+    return model._behavior_loss(batch.observations, batch.actions, *model._draw_corruption(batch))
+
+
+def kl_loss(model: DTQL, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    return model._kl_loss(observations, actions, model._draw_action_noise(observations), model._draw_sigma(len(actions)))
+
+
 def make_batch(n: int, actions: th.Tensor | None = None, action_dim: int = 2, **kwargs: th.Tensor) -> ReplayBufferSamples:
     generator = th.Generator().manual_seed(3)
     fields: dict[str, Any] = dict(
@@ -219,7 +232,7 @@ def test_actor_step_leaves_the_other_networks_alone(kwargs: dict[str, Any]) -> N
     model = make_model(**kwargs)
     others = [model.behavior, model.critic, model.critic_target]
     before, before_actor = [weights(network) for network in others], weights(model.actor)
-    minimize(model.actor.optimizer, model._actor_loss(make_batch(16)))
+    minimize(model.actor.optimizer, actor_loss(model, make_batch(16)))
     for network, values in zip(others, before, strict=True):
         assert equal(weights(network), values)
         assert all(parameter.grad is None for parameter in network.parameters())
@@ -232,7 +245,7 @@ def test_critic_and_behavior_steps_leave_the_other_networks_alone() -> None:
     batch = make_batch(16)
     before = weights(model.policy)
     minimize(model.critic.optimizer, critic_loss(model, batch))
-    minimize(model.behavior.optimizer, model._behavior_loss(batch.observations, batch.actions))
+    minimize(model.behavior.optimizer, behavior_loss(model, batch))
     changed = {key.split(".")[0] for key, value in weights(model.policy).items() if not th.equal(value, before[key])}
     assert changed == {"critic", "behavior"}
     assert all(parameter.grad is None for parameter in model.actor.parameters())
@@ -371,7 +384,7 @@ def test_behavior_loss_is_the_mean_of_the_denoising_loss() -> None:
             error = model.behavior(batch.observations[i : i + 1], noisy, sigmas[i : i + 1]) - batch.actions[i : i + 1]
         total += error.square().mean().item() * (sigmas[i].item() ** 2 + 0.25) / (0.5 * sigmas[i].item()) ** 2
     for loss in (model._behavior_loss, model._trust_region_loss):
-        assert loss(batch.observations, batch.actions).item() == pytest.approx(total / 16, rel=1e-3)
+        assert loss(batch.observations, batch.actions, noise, sigmas).item() == pytest.approx(total / 16, rel=1e-3)
 
 
 def test_denoised_actions_are_clipped_to_the_box_unless_told_otherwise() -> None:
@@ -397,10 +410,10 @@ def test_actor_loss_is_the_weighted_sum(q_normalization: str | None, scale: floa
     model.policy.advantage_scale.fill_(4.0)
     q_values = th.tensor([[[1.0], [-4.0], [2.0]], [[3.0], [-1.0], [-2.0]]])  # smallest: 1, -4, -2
     model.critic.forward = lambda observations, actions: q_values
-    model._trust_region_loss = lambda observations, actions: th.tensor(0.3)
+    model._trust_region_loss = lambda observations, actions, noise, sigma: th.tensor(0.3)
     model._nll_loss = lambda batch: th.tensor(7.0)
     expected = 5.0 * 0.3 - q_coef * (-5.0 / 3.0) / scale + 0.5 * 7.0
-    assert model._actor_loss(make_batch(3)).item() == pytest.approx(expected)
+    assert actor_loss(model, make_batch(3)).item() == pytest.approx(expected)
 
 
 def test_normalized_q_does_not_carry_the_scale_of_the_rewards() -> None:
@@ -413,7 +426,7 @@ def test_normalized_q_does_not_carry_the_scale_of_the_rewards() -> None:
                     layer.weight.mul_(scale)
                     layer.bias.mul_(scale)
             model._track_advantages(model._critic_loss(batch)[1])
-            model._actor_loss(batch).backward()
+            actor_loss(model, batch).backward()
             gradients[kind, scale] = th.cat([parameter.grad.flatten() for parameter in model.actor.parameters()])
     for kind in ("magnitude", "advantage"):
         th.testing.assert_close(gradients[kind, 1.0], gradients[kind, 1000.0], rtol=1e-3, atol=1e-7)
@@ -465,10 +478,12 @@ def test_gradient_of_the_trust_region_is_that_of_the_log_density() -> None:
     use_exact_behavior(model, [0.3])
     n = 1000
     signs = th.tensor([-1.0, 1.0], dtype=th.float64).repeat(n).unsqueeze(1)
-    stub_draws(model, [signs], log_logistic_sigmas(midpoints(n)).repeat_interleave(2))
+    sigmas = log_logistic_sigmas(midpoints(n)).repeat_interleave(2)
     for action in (-0.9, 0.1, 0.8):
         a = th.tensor(action, dtype=th.float64, requires_grad=True)
-        (gradient,) = th.autograd.grad(model._trust_region_loss(th.zeros(2 * n, OBS_DIM), a.expand(2 * n, 1)), a)
+        (gradient,) = th.autograd.grad(
+            model._trust_region_loss(th.zeros(2 * n, OBS_DIM), a.expand(2 * n, 1), signs, sigmas), a
+        )
         assert gradient.item() == pytest.approx((action - 0.3) / SIGMA_DATA**2, rel=2e-3)
 
 
@@ -496,7 +511,7 @@ def test_optimum_with_linear_q() -> None:
     batch = make_batch(2 * n, action_dim=3)
     optimizer = th.optim.SGD(model.actor.parameters(), lr=0.5 * 3 * SIGMA_DATA**2 / alpha)
     for _ in range(30):
-        minimize(optimizer, model._actor_loss(batch))
+        minimize(optimizer, actor_loss(model, batch))
     shifts = 3 * slopes * SIGMA_DATA**2 / alpha
     th.testing.assert_close(model.actor.action.detach() - th.tensor(mean), shifts, rtol=0.01, atol=1e-9)
 
@@ -547,7 +562,7 @@ def test_likelihood_term_holds_the_variance_up() -> None:
 
     def closure() -> th.Tensor:
         optimizer.zero_grad()
-        loss = model._actor_loss(batch)
+        loss = actor_loss(model, batch)
         loss.backward()
         return loss
 
@@ -561,7 +576,7 @@ def test_without_it_the_standard_deviation_goes_to_its_floor() -> None:
     model, batch = unsquashed_model(nll_coef=0.0)
     optimizer = th.optim.Rprop(model.actor.net.parameters(), lr=0.1)
     for _ in range(40):
-        minimize(optimizer, model._actor_loss(batch))
+        minimize(optimizer, actor_loss(model, batch))
     assert model.actor.distribution(batch.observations).scale.max().item() == pytest.approx(math.exp(-5.0))
 
 
@@ -590,7 +605,7 @@ def test_kl_loss_has_the_gradient_of_the_divergence(fake: tuple[float, float], s
     model, actions, latents = kl_model(real, fake, sigma)
     actions = actions.requires_grad_()
     observations = th.zeros(len(actions), OBS_DIM)
-    (gradient,) = th.autograd.grad(model._kl_loss(observations, actions), actions)
+    (gradient,) = th.autograd.grad(kl_loss(model, observations, actions), actions)
     with th.no_grad():
         noisy = actions + sigma * model._draw_action_noise(observations)
         weight = 1.0 / (actions - model.behavior(observations, noisy, th.full((len(actions),), sigma))).abs().clamp(min=1e-6)
@@ -611,7 +626,7 @@ def test_kl_loss_has_the_gradient_of_the_divergence(fake: tuple[float, float], s
 def test_kl_loss_vanishes_between_equal_models() -> None:
     model, actions, _ = kl_model((0.3, 0.2), (0.3, 0.2), 0.5)
     actions = actions.requires_grad_()
-    loss = model._kl_loss(th.zeros(len(actions), OBS_DIM), actions)
+    loss = kl_loss(model, th.zeros(len(actions), OBS_DIM), actions)
     (gradient,) = th.autograd.grad(loss, actions)
     assert loss.item() == pytest.approx(0.0, abs=1e-20)
     assert gradient.abs().max().item() == pytest.approx(0.0, abs=1e-12)
@@ -623,11 +638,11 @@ def test_kl_loss_reaches_the_actor_alone() -> None:
     denoisers = [*model.behavior.parameters(), *model.fake_behavior.parameters()]
     actions = model.actor(batch.observations, th.randn(16, 2))
     gradients = th.autograd.grad(
-        model._kl_loss(batch.observations, actions), [actions, *denoisers], allow_unused=True, retain_graph=True
+        kl_loss(model, batch.observations, actions), [actions, *denoisers], allow_unused=True, retain_graph=True
     )
     assert gradients[0].abs().sum() > 0.0
     assert all(gradient is None for gradient in gradients[1:])
-    model._fake_behavior_loss(batch.observations).backward()
+    model._fake_behavior_loss(batch.observations, th.randn(16, 2), *model._draw_corruption(batch)).backward()
     assert all(parameter.grad is None for parameter in [*model.actor.parameters(), *model.behavior.parameters()])
     assert all(parameter.grad is not None for parameter in model.fake_behavior.parameters())
 
@@ -786,7 +801,7 @@ def bandit_actions(seed: int, slope: float, trust_region_coef: float = 1.0) -> n
     model.critic.forward = lambda observations, actions: slope * actions.expand(2, -1, -1)
     batch = make_batch(64, action_dim=1, observations=th.ones(64, OBS_DIM))
     for _ in range(200):
-        minimize(model.actor.optimizer, model._actor_loss(batch))
+        minimize(model.actor.optimizer, actor_loss(model, batch))
     actions, _ = model.predict(batch.observations.numpy())
     return actions[:, 0]
 
@@ -809,7 +824,7 @@ def test_imitation_comes_before_the_action_values() -> None:
     )
     imitation_loss = runs[0]._imitation_loss
     expected: list[float] = []
-    runs[0]._imitation_loss = lambda batch: expected.append(imitation_loss(batch).item()) or imitation_loss(batch)
+    runs[0]._imitation_loss = lambda *args: expected.append(imitation_loss(*args).item()) or imitation_loss(*args)
     target = weights(runs[0].critic_target)
     for step in range(3):
         for model in runs:
@@ -831,8 +846,8 @@ def test_trust_region_is_weaker_without_data() -> None:
         model = make_model(trust_region_coef=5.0, online_trust_region_coef=0.3, q_coef=0.0)
         if not dataset_kept:
             model.set_dataset(None)
-        model._trust_region_loss = lambda observations, actions: th.tensor(2.0)
-        assert model._actor_loss(make_batch(4)).item() == pytest.approx(2.0 * coef)
+        model._trust_region_loss = lambda observations, actions, noise, sigma: th.tensor(2.0)
+        assert actor_loss(model, make_batch(4)).item() == pytest.approx(2.0 * coef)
 
 
 # ---------------------------------------------------------------- pretraining and target critic
@@ -1001,9 +1016,9 @@ def test_shared_features_extractor_learns_with_the_actor_alone() -> None:
     assert model.critic.features_extractor is model.behavior.features_extractor is extractor
     batch, before = make_batch(16), weights(extractor)
     minimize(model.critic.optimizer, critic_loss(model, batch))
-    minimize(model.behavior.optimizer, model._behavior_loss(batch.observations, batch.actions))
+    minimize(model.behavior.optimizer, behavior_loss(model, batch))
     assert equal(weights(extractor), before)
-    minimize(model.actor.optimizer, model._actor_loss(batch))
+    minimize(model.actor.optimizer, actor_loss(model, batch))
     assert not equal(weights(extractor), before)
 
 

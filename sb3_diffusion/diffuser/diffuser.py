@@ -450,9 +450,12 @@ class Diffuser(OfflineAlgorithm):
             batch = self.sample_batch(batch_size)
             windows = self._normalized_windows(batch)
             if self.train_planner:
-                self._minimize("planner_loss", self.actor.optimizer, self._planner_loss(windows, batch))
+                planner_loss = self._planner_loss(windows, batch, self._draw_noise(windows), self._draw_levels(len(windows)))
+                self._minimize("planner_loss", self.actor.optimizer, planner_loss)
             if self.value is not None and self._value_learns:
-                self._minimize("value_loss", self.value.optimizer, self._value_loss(self.value, windows, batch))
+                level, noise = self._draw_levels(len(windows)), self._draw_noise(windows)
+                value_loss = self._value_loss(self.value, windows, batch, noise, level)
+                self._minimize("value_loss", self.value.optimizer, value_loss)
             self._update_averages()
             self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -489,17 +492,23 @@ class Diffuser(OfflineAlgorithm):
         return self._draw_normal(*windows.shape)
 
     @accelerated
-    def _planner_loss(self, windows: th.Tensor, batch: TrajectorySamples) -> th.Tensor:
+    def _planner_loss(self, windows: th.Tensor, batch: TrajectorySamples, noise: th.Tensor, level: th.Tensor) -> th.Tensor:
         r"""$E[w_{hc} \|\epsilon_\theta(x_i, i) - \mathrm{target}\|^2]$ with the given entries clean (section 3.1)."""
-        errors = self.actor.loss(windows, self._draw_noise(windows), self._draw_levels(len(windows)))
+        errors = self.actor.loss(windows, noise, level)
         counts = th.ones_like(batch.mask) if self.count_padding else th.maximum(batch.mask, batch.terminated)
         return (errors * self._loss_weights).mean(dim=-1).mul(counts).sum() / average(counts.sum())
 
     @accelerated
-    def _value_loss(self, value: TrajectoryValue, windows: th.Tensor, batch: TrajectorySamples) -> th.Tensor:
+    def _value_loss(
+        self,
+        value: TrajectoryValue,
+        windows: th.Tensor,
+        batch: TrajectorySamples,
+        noise: th.Tensor,
+        level: th.Tensor,
+    ) -> th.Tensor:
         r"""$E[(J_\phi(x_i, i) - \sum_t \gamma^t r_t)^2]$, the returns being normalised (section 3.2)."""
-        level = self._draw_levels(len(windows))
-        noisy = self.actor.denoiser.corrupt(windows, self._draw_noise(windows), level)
+        noisy = self.actor.denoiser.corrupt(windows, noise, level)
         return value.loss(noisy, windows, level, batch.returns).mean()
 
     # ---------------------------------------------------------------- acting

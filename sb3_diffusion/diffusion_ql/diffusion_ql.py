@@ -287,8 +287,13 @@ class DiffusionQL(ActorCriticAlgorithm):
         self._update_learning_rates()
         for _ in range(gradient_steps):
             batch = self.sample_batch(batch_size)
-            self._minimize("critic_loss", self.critic.optimizer, self._critic_loss(batch))
-            self._minimize("actor_loss", self.actor.optimizer, self._actor_loss(batch))
+            critic_loss, targets = self._critic_loss(batch, self._draw_next_latents(batch))
+            self._watch_targets(targets, batch.rewards)
+            self._minimize("critic_loss", self.critic.optimizer, critic_loss)
+            actor_loss, *parts = self._actor_loss(batch, *self._draw_corruption(batch), *self._draw_for_q_loss(batch))
+            for name, part in zip(("bc_loss", "q_loss"), parts, strict=False):
+                self._add_loss(name, part)
+            self._minimize("actor_loss", self.actor.optimizer, actor_loss)
             self._update_actor_target()
             self._update_critic_target()
             if self.pretraining:
@@ -305,39 +310,55 @@ class DiffusionQL(ActorCriticAlgorithm):
     def _draw_latents(self, n: int) -> th.Tensor:
         return self._draw_normal(n, *self.actor.latent_shape)
 
+    def _draw_next_latents(self, batch: Batch) -> th.Tensor:
+        """:return: latents of the actions at the next states, those of one state one after the other"""
+        return self._draw_latents(len(batch.rewards) * (self.n_backup_actions if self.max_q_backup else 1))
+
+    def _draw_corruption(self, batch: Batch) -> tuple[th.Tensor, th.Tensor]:
+        r""":return: $\epsilon$ and the step $i$ of each row"""
+        return self._draw_normal(*batch.actions.shape), self._draw_integers(self.n_diffusion_steps, len(batch.actions))
+
+    def _draw_for_q_loss(self, batch: Batch) -> tuple[th.Tensor, th.Tensor] | tuple[()]:
+        """:return: latents, and the number of the critic that is maximised; nothing where the actor only imitates"""
+        if self.q_coef == 0.0 or self.pretraining or self.imitating:
+            return ()
+        first = th.randint(self.critic.n_critics, (1,), generator=self.generator, device=self.device)
+        return self._draw_latents(len(batch.actions)), first
+
     # ---------------------------------------------------------------- losses
 
     @accelerated
-    def _critic_loss(self, batch: Batch) -> th.Tensor:
-        r"""$\sum_k E[(r + \gamma \min_k Q'_k(s', a') - Q_k(s, a))^2]$ with $a' \sim \pi_{\theta'}(\cdot | s')$ (eq. 4)."""
+    def _critic_loss(self, batch: Batch, latents: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        r"""
+        $\sum_k E[(r + \gamma \min_k Q'_k(s', a') - Q_k(s, a))^2]$ with $a' \sim \pi_{\theta'}(\cdot | s')$ (eq. 4).
+
+        :return: the loss, and the targets, shape ``(batch_size, 1)``
+        """
         with th.no_grad():
             discounts = self.gamma if batch.discounts is None else batch.discounts
-            targets = batch.rewards + (1.0 - batch.dones) * discounts * self._next_values(batch)
-            self._watch_targets(targets, batch.rewards)
+            targets = batch.rewards + (1.0 - batch.dones) * discounts * self._next_values(batch, latents)
         q_values = self.critic(batch.observations, batch.actions)
-        return (q_values - targets).square().mean(dim=(1, 2)).sum()
+        return (q_values - targets).square().mean(dim=(1, 2)).sum(), targets
 
-    def _next_values(self, batch: Batch) -> th.Tensor:
+    def _next_values(self, batch: Batch, latents: th.Tensor) -> th.Tensor:
         r"""$\min_k Q'_k(s', a')$; with ``max_q_backup`` $\min_k \max_j Q'_k(s', a'_j)$. Shape ``(batch_size, 1)``."""
         n = self.n_backup_actions if self.max_q_backup else 1
         actor_features = self.actor_target.features(batch.next_observations).repeat_interleave(n, dim=0)
         critic_features = self.critic_target.features(batch.next_observations).repeat_interleave(n, dim=0)
-        next_actions = self.actor_target.sample(actor_features, self._draw_latents(len(actor_features)))
+        next_actions = self.actor_target.sample(actor_features, latents)
         q_values = self.critic_target.q_values(critic_features, next_actions)
         return q_values.unflatten(1, (-1, n)).amax(dim=2).amin(dim=0)
 
-    def _bc_loss(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    def _bc_loss(self, features: th.Tensor, actions: th.Tensor, noise: th.Tensor, step: th.Tensor) -> th.Tensor:
         r"""
         $L_d(\theta) = E[\|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_i} a + \sqrt{1 - \bar\alpha_i} \epsilon, s, i)\|^2]$,
         eq. 2; a mean over dimensions.
         """
-        noise, step = self._draw_normal(*actions.shape), self._draw_integers(self.n_diffusion_steps, len(actions))
         return self.actor.denoiser.loss(actions, noise, step, features).mean()
 
-    def _q_loss(self, batch: Batch, features: th.Tensor) -> th.Tensor:
+    def _q_loss(self, batch: Batch, features: th.Tensor, latents: th.Tensor, first: th.Tensor) -> th.Tensor:
         r"""$-E[Q(s, a_0)] / E|Q|$ with $a_0 \sim \pi_\theta(\cdot | s)$ (eq. 3); the denominator is a constant."""
-        actions = self.actor.sample(features, self._draw_latents(len(features)))
-        first = th.randint(self.critic.n_critics, (1,), generator=self.generator, device=self.device)
+        actions = self.actor.sample(features, latents)
         with th.no_grad():
             critic_features = self.critic.features(batch.observations)
             scale = self._q_scale(batch, critic_features, actions, first)
@@ -354,17 +375,26 @@ class DiffusionQL(ActorCriticAlgorithm):
         return average(q_values.abs().mean()).clamp(min=MIN_Q_SCALE)
 
     @accelerated_actor_loss
-    def _actor_loss(self, batch: Batch) -> th.Tensor:
-        r"""$L(\theta) = L_d(\theta) + \eta L_q(\theta)$ (eq. 3); $L_d$ alone while it imitates."""
+    def _actor_loss(
+        self,
+        batch: Batch,
+        noise: th.Tensor,
+        step: th.Tensor,
+        latents: th.Tensor | None = None,
+        first: th.Tensor | None = None,
+    ) -> tuple[th.Tensor, ...]:
+        r"""
+        $L(\theta) = L_d(\theta) + \eta L_q(\theta)$ (eq. 3); $L_d$ alone without ``latents``.
+
+        :return: the loss, and its parts detached
+        """
         features = self.actor.features(batch.observations)
-        bc_loss = self._bc_loss(features, batch.actions)
-        self._add_loss("bc_loss", bc_loss.detach())
+        bc_loss = self._bc_loss(features, batch.actions, noise, step)
         loss = (self.online_bc_coef if self.dataset is None else self.bc_coef) * bc_loss
-        if self.q_coef == 0.0 or self.pretraining or self.imitating:
-            return loss
-        q_loss = self._q_loss(batch, features)
-        self._add_loss("q_loss", q_loss.detach())
-        return loss + self.q_coef * q_loss
+        if latents is None or first is None:
+            return loss, bc_loss.detach()
+        q_loss = self._q_loss(batch, features, latents, first)
+        return loss + self.q_coef * q_loss, bc_loss.detach(), q_loss.detach()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor_target"]

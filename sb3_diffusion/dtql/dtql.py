@@ -291,20 +291,24 @@ class DTQL(ActorCriticAlgorithm):
         self._update_learning_rates()
         for _ in range(gradient_steps):
             batch = self.sample_batch(batch_size)
-            critic_loss, advantages = self._critic_loss(batch)
+            critic_loss, advantages, targets = self._critic_loss(batch)
+            self._watch_targets(targets, batch.rewards)
             self._minimize("critic_loss", self.critic.optimizer, critic_loss)
             self._track_advantages(advantages)
-            self._minimize("behavior_loss", self.behavior.optimizer, self._behavior_loss(batch.observations, batch.actions))
+            behavior_loss = self._behavior_loss(batch.observations, batch.actions, *self._draw_corruption(batch))
+            self._minimize("behavior_loss", self.behavior.optimizer, behavior_loss)
             if self.pretraining:
                 if self.pretrain_actor and isinstance(self.actor, GaussianActor):
-                    self._minimize("imitation_loss", self.actor.optimizer, self._imitation_loss(batch))
+                    self._minimize("imitation_loss", self.actor.optimizer, self._nll_loss(batch))
                 self._count_pretraining_step()
             else:
-                actor_loss = self._imitation_loss(batch) if self.imitating else self._actor_loss(batch)
+                loss = self._imitation_loss if self.imitating else self._actor_loss
+                actor_loss = loss(batch, self._draw_action_noise(batch.observations), *self._draw_corruption(batch))
                 self._minimize("actor_loss", self.actor.optimizer, actor_loss)
                 if self.regularizer == "kl":
-                    loss = self._fake_behavior_loss(batch.observations)
-                    self._minimize("fake_behavior_loss", self.fake_behavior.optimizer, loss)
+                    drawn = self._draw_action_noise(batch.observations), *self._draw_corruption(batch)
+                    fake_loss = self._fake_behavior_loss(batch.observations, *drawn)
+                    self._minimize("fake_behavior_loss", self.fake_behavior.optimizer, fake_loss)
                 self._update_critic_target()
             self._n_updates += 1
             if self.ema_decay > 0.0:  # from the start an average over the updates so far
@@ -330,15 +334,19 @@ class DTQL(ActorCriticAlgorithm):
     def _draw_sigma(self, n: int) -> th.Tensor:
         return log_logistic_sigmas(self._draw_uniform(n), self.sigma_data, self.sigma_min, self.sigma_max)
 
+    def _draw_corruption(self, batch: Batch) -> tuple[th.Tensor, th.Tensor]:
+        r""":return: $\epsilon$ and $\sigma$ of each row"""
+        return self._draw_action_noise(batch.observations), self._draw_sigma(len(batch.actions))
+
     # ---------------------------------------------------------------- losses
 
     @accelerated
-    def _critic_loss(self, batch: Batch) -> tuple[th.Tensor, th.Tensor]:
+    def _critic_loss(self, batch: Batch) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         r"""
         $L_V + L_Q$ (eqs. 6 and 7): $L_V = E[L_2^\tau(\min_i Q_i(s, a) - V(s))]$ and
         $L_Q = \sum_i E[(r + \gamma V(s') - Q_i(s, a))^2]$.
 
-        :return: the loss, and the advantages $\min_i Q_i(s, a) - V(s)$ of the batch, shape ``(batch_size, 1)``
+        :return: the loss; the advantages $\min_i Q_i(s, a) - V(s)$ and the targets of $Q$, both ``(batch_size, 1)``
         """
         features = self.critic.features(batch.observations)
         q_values, values = self.critic.q_values(features, batch.actions), self.critic.values(features)
@@ -347,29 +355,28 @@ class DTQL(ActorCriticAlgorithm):
             next_values = self.critic.values(self.critic.features(batch.next_observations))
             discounts = self.gamma if batch.discounts is None else batch.discounts
             targets = batch.rewards + (1.0 - batch.dones) * discounts * next_values
-            self._watch_targets(targets, batch.rewards)
         advantages = q_data.detach().amin(dim=0) - values
         value_loss = expectile_loss(advantages, self.expectile).mean()
         q_loss = (q_values - targets).square().mean(dim=(1, 2)).sum()
-        return value_loss + q_loss, advantages.detach()
+        return value_loss + q_loss, advantages.detach(), targets
 
     @accelerated
-    def _behavior_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def _behavior_loss(self, observations: PyTorchObs, actions: th.Tensor, noise: th.Tensor, sigma: th.Tensor) -> th.Tensor:
         r"""$L(\phi) = E[w(\sigma) \|\mu_\phi(a + \sigma\epsilon, \sigma | s) - a\|^2]$ (eq. 2), a mean over dimensions."""
-        noise, sigma = self._draw_action_noise(observations), self._draw_sigma(len(actions))
         return self.behavior.loss(observations, actions, noise, sigma).mean()
 
-    def _trust_region_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def _trust_region_loss(
+        self, observations: PyTorchObs, actions: th.Tensor, noise: th.Tensor, sigma: th.Tensor
+    ) -> th.Tensor:
         r"""$L_{TR}(\theta)$ (eq. 4): eq. 2 at the actor's own ``actions``, minimised over $\theta$ instead of $\phi$."""
-        return self._behavior_loss(observations, actions)
+        return self._behavior_loss(observations, actions, noise, sigma)
 
-    def _kl_loss(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def _kl_loss(self, observations: PyTorchObs, actions: th.Tensor, noise: th.Tensor, sigma: th.Tensor) -> th.Tensor:
         r"""
         A loss whose gradient is that of $D_{KL}[\pi_\theta(\cdot|s) \| \mu_\phi(\cdot|s)]$ (section 3), estimated as in
         distribution matching distillation (arXiv 2311.18828, eqs. 7 and 8).
         """
         with th.no_grad():
-            noise, sigma = self._draw_action_noise(observations), self._draw_sigma(len(actions))
             noisy = self.behavior.denoiser.corrupt(actions, noise, sigma)
             real = self.behavior(observations, noisy, sigma)
             fake = self.fake_behavior(observations, noisy, sigma)
@@ -377,22 +384,23 @@ class DTQL(ActorCriticAlgorithm):
         return 0.5 * F.mse_loss(actions, (actions - direction).detach())
 
     @accelerated
-    def _fake_behavior_loss(self, observations: PyTorchObs) -> th.Tensor:
-        """Eq. 2 for the diffusion model of the actor's actions."""
+    def _fake_behavior_loss(
+        self, observations: PyTorchObs, latents: th.Tensor, noise: th.Tensor, sigma: th.Tensor
+    ) -> th.Tensor:
+        """Eq. 2 for the diffusion model of the actor's actions, drawn by ``latents``."""
         with th.no_grad():
-            actions = self.actor(observations, self._draw_action_noise(observations))
-        noise, sigma = self._draw_action_noise(observations), self._draw_sigma(len(actions))
+            actions = self.actor(observations, latents)
         return self.fake_behavior.loss(observations, actions, noise, sigma).mean()
 
     @accelerated_actor_loss
-    def _actor_loss(self, batch: Batch) -> th.Tensor:
+    def _actor_loss(self, batch: Batch, latents: th.Tensor, noise: th.Tensor, sigma: th.Tensor) -> th.Tensor:
         r"""$L_\pi(\theta) = \alpha L_{TR}(\theta) - E[\min_i Q_i(s, a_\theta)]$ (eq. 5), and the entropy term if asked for."""
-        actions = self.actor(batch.observations, self._draw_action_noise(batch.observations))
+        actions = self.actor(batch.observations, latents)
         q_values = self.critic(batch.observations, actions).amin(dim=0)
         q_loss = -q_values.mean() / self._q_scale(q_values.detach())
         regularize = self._kl_loss if self.regularizer == "kl" else self._trust_region_loss
         coef = self.online_trust_region_coef if self.dataset is None else self.trust_region_coef
-        loss = coef * regularize(batch.observations, actions) + self.q_coef * q_loss
+        loss = coef * regularize(batch.observations, actions, noise, sigma) + self.q_coef * q_loss
         return loss + self.nll_coef * self._nll_loss(batch) if self.nll_coef > 0.0 else loss
 
     def _q_scale(self, q_values: th.Tensor) -> th.Tensor | float:
@@ -409,12 +417,11 @@ class DTQL(ActorCriticAlgorithm):
         return -self.actor.log_prob(batch.observations, batch.actions, self.nll_jacobian).mean()
 
     @accelerated
-    def _imitation_loss(self, batch: Batch) -> th.Tensor:
+    def _imitation_loss(self, batch: Batch, latents: th.Tensor, noise: th.Tensor, sigma: th.Tensor) -> th.Tensor:
         """What an imitating actor learns: the data's actions if it has a likelihood, else the trust region alone."""
         if isinstance(self.actor, GaussianActor):
             return self._nll_loss(batch)
-        actions = self.actor(batch.observations, self._draw_action_noise(batch.observations))
-        return self._trust_region_loss(batch.observations, actions)
+        return self._trust_region_loss(batch.observations, self.actor(batch.observations, latents), noise, sigma)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "behavior", "fake_behavior"]
