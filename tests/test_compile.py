@@ -44,6 +44,12 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(th, "compile", functools.partial(th.compile, backend="aot_eager"))
 
 
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        yield
+
+
 def assert_same_updates(spec: AlgoSpec, data: OfflineDataset) -> None:
     eager, compiled = (spec.make(dataset=data, compile=compile).learn(N_UPDATES) for compile in (False, True))
     assert counters["stats"]["unique_graphs"] > 0
@@ -98,9 +104,7 @@ def test_files(spec: AlgoSpec, box_dataset: OfflineDataset, traced: None, tmp_pa
 
 
 @pytest.mark.parametrize("spec", first_is_quick(ALGOS))
-def test_without_a_compiler(spec: AlgoSpec, box_dataset: OfflineDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
+def test_without_a_compiler(spec: AlgoSpec, box_dataset: OfflineDataset, no_compiler: None) -> None:
     model = spec.make(dataset=box_dataset, compile=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -109,6 +113,28 @@ def test_without_a_compiler(spec: AlgoSpec, box_dataset: OfflineDataset, monkeyp
     eager = spec.make(dataset=box_dataset).learn(N_UPDATES)
     for got, expected in zip(model.policy.parameters(), eager.policy.parameters(), strict=True):
         assert th.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.expensive)])
+def test_plans_are_the_same(backend: str, box_dataset: OfflineDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th, "compile", functools.partial(th.compile, backend=backend))
+    spec = next(spec for spec in ALGOS if spec.cls is Diffuser)
+    eager, compiled = (spec.make(dataset=box_dataset, compile=compile, n_candidates=2) for compile in (False, True))
+    compiled.set_parameters(eager.get_parameters())
+    for n in (3, 5):
+        expected, got = (model.plan(box_dataset.observations[:n], seed=0) for model in (eager, compiled))
+        np.testing.assert_allclose(got.actions, expected.actions, atol=1e-4)
+        np.testing.assert_allclose(got.values, expected.values, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+
+
+def test_plans_without_a_compiler(box_dataset: OfflineDataset, no_compiler: None) -> None:
+    spec = next(spec for spec in ALGOS if spec.cls is Diffuser)
+    model = spec.make(dataset=box_dataset, compile=True)
+    with pytest.warns(UserWarning, match="Plans cannot be compiled"):
+        plan = model.plan(box_dataset.observations[:2], seed=0)
+    again = model.plan(box_dataset.observations[:2], seed=0)
+    np.testing.assert_array_equal(plan.actions, again.actions)
 
 
 def test_choices(box_dataset: OfflineDataset) -> None:

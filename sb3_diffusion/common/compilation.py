@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch as th
+from torch import nn
 
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
@@ -67,6 +68,39 @@ def _accelerated(method: MethodT, run_method: Callable[..., Any]) -> MethodT:
     return run  # type: ignore[return-value]
 
 
+class CompiledInference(nn.Module):
+    """
+    A base of modules whose network is long to run: outside of training it is called by ``torch.compile`` where
+    ``use_compiler`` is set, as it is written otherwise and, after one warning, where there is no working compiler.
+    """
+
+    use_compiler = False
+
+    def run(self, network: nn.Module, *args: th.Tensor) -> th.Tensor:
+        """
+        :param network: to call
+        :param args: its arguments
+        :return: its result
+        """
+        if self.use_compiler and not th.is_grad_enabled() and not th.compiler.is_compiling():
+            try:
+                return _compiled(_call, None)(network, *args)
+            except th._dynamo.exc.TorchDynamoException as error:
+                self.use_compiler = False
+                warnings.warn(f"Plans {_CANNOT_BE_COMPILED.format(_first_line(error))}", stacklevel=3)
+        return network(*args)
+
+
+def _call(network: nn.Module, *args: th.Tensor) -> th.Tensor:
+    return network(*args)
+
+
+_CANNOT_BE_COMPILED = (
+    "cannot be compiled here and run as they are written: {} Install a C++ compiler (or Triton, for a GPU), or set "
+    "`compile=False`."
+)
+
+
 def _run(method: Callable[..., Any], self: Any, *args: Any) -> Any:
     if not self.compile or self._compiler_failed:
         return method(self, *args)
@@ -76,11 +110,7 @@ def _run(method: Callable[..., Any], self: Any, *args: Any) -> Any:
         return _compiled(method, "reduce-overhead" if with_graphs else None)(self, *args)
     except th._dynamo.exc.TorchDynamoException as error:
         self._compiler_failed = True
-        warnings.warn(
-            f"Losses cannot be compiled here and run as they are written: {_first_line(error)} "
-            "Install a C++ compiler (or Triton, for a GPU), or set `compile=False`.",
-            stacklevel=3,
-        )
+        warnings.warn(f"Losses {_CANNOT_BE_COMPILED.format(_first_line(error))}", stacklevel=3)
         self.generator.set_state(before)
         return method(self, *args)
 

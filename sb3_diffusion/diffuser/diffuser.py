@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.buffers import EpisodeReplayBuffer, TrajectoryReplayBuffer, TrajectorySamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
-from sb3_diffusion.common.compilation import accelerated, autocast
+from sb3_diffusion.common.compilation import CompiledInference, accelerated, autocast
 from sb3_diffusion.common.distributed import average
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
@@ -359,6 +359,9 @@ class Diffuser(OfflineAlgorithm):
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
         self.value = self.policy.value
+        for module in self.policy.modules():
+            if isinstance(module, CompiledInference):
+                module.use_compiler = bool(self.compile)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()

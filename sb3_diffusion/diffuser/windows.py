@@ -9,6 +9,7 @@ from stable_baselines3.common.preprocessing import get_action_dim, is_image_spac
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
+from sb3_diffusion.common.compilation import CompiledInference
 from sb3_diffusion.common.policies import FLAT_KEY
 from sb3_diffusion.common.utils import check_choice
 from sb3_diffusion.datasets.offline_dataset import column_moments
@@ -183,7 +184,7 @@ class WindowNormalizer(nn.Module):
         return values * self.scale[channels] + self.shift[channels]
 
 
-class ConditionedNet(nn.Module):
+class ConditionedNet(CompiledInference):
     """
     A network on windows some of whose entries are given: whatever stands there is replaced before the network sees it.
 
@@ -213,7 +214,7 @@ class ConditionedNet(nn.Module):
         :param level: noise levels, shape ``(batch_size,)`` or ``(1,)``
         :return: what ``net`` returns
         """
-        return self.net(self.condition(x, condition), level)
+        return self.run(self.net, self.condition(x, condition), level)
 
 
 def shift_windows(windows: np.ndarray, n_rows: np.ndarray) -> np.ndarray:
