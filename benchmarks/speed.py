@@ -97,11 +97,12 @@ def make(name: str, variant: str) -> Any:
 def part_names(name: str, variant: str) -> list[str]:
     """
     :param name: key of ``METHODS``
-    :param variant: key of ``VARIANTS``; acting is never compiled, and batches are the same in all
+    :param variant: key of ``VARIANTS``; of acting plans alone are compiled, and batches are the same in all
     :return: what is measured of it
     """
-    acting = [f"{N_PLANS} plans, 20 steps"] if METHODS[name][0] is Diffuser else ["1 action", f"{N_PLANS} actions"]
-    return ["update", *(["batch"] if variant == "eager" else []), *(acting if "compile" not in variant else [])]
+    plans = METHODS[name][0] is Diffuser
+    acting = [f"{N_PLANS} plans, 20 steps"] if plans else ["1 action", f"{N_PLANS} actions"]
+    return ["update", *(["batch"] if variant == "eager" else []), *(acting if plans or "compile" not in variant else [])]
 
 
 def parts_of(model: Any, name: str, variant: str) -> Iterator[tuple[str, Part]]:
@@ -198,7 +199,7 @@ class Table:
                 f"{OBSERVATION_DIM} observation and {ACTION_DIM} action dimensions, networks and batches of the default "
                 "sizes, DiffSR its preset `small`, Diffuser horizon 32 and batch 32 without a value. The unit is one "
                 "1024 x 1024 by 1024 x 1024 product in float32, which ran just before each measurement; units are "
-                "medians of these ratios: other work on the machine, of which there was some, slows both. Time is "
+                "medians of these ratios: other work on the machine slows both. Time is "
                 f"that {'of the processor' if threads == 1 else 'on the wall'}. Operations are those of matrix products, "
                 "counted from their sizes by `torch.utils.flop_counter`; the share of the ceiling is operations over units. "
                 "Small products, and those of bfloat16, may be faster than the unit, and their share above 1. "
