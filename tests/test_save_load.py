@@ -616,3 +616,42 @@ def test_a_replay_file_that_makes_no_buffer(tmp_path: Path) -> None:
     change_file(tmp_path / "buffer.zip", "replay_buffer", lambda config: config["values"].update(action_space={"a": 1}))
     with pytest.raises(FileFormatError, match="does not fit"):
         model.load_replay_buffer(tmp_path / "buffer.zip")
+
+
+LOADS_AND_LISTS_IMPORTS = """
+import json, re, sys, zipfile
+import sb3_diffusion
+from sb3_diffusion.common.serialization import FileFormatError
+
+path, hostile, name = sys.argv[1:]
+imported = []
+sys.addaudithook(lambda event, args: imported.append(args[0]) if event == "import" else None)
+getattr(sb3_diffusion, name).load(path, device="cpu")
+with zipfile.ZipFile(path) as archive:
+    members = {member: archive.read(member) for member in archive.namelist()}
+config = members["config.json"].decode()
+refused = 0
+for known in sorted(set(re.findall(r'"([a-z0-9_.]+:[A-Za-z_.]+)"', config))):
+    with zipfile.ZipFile(hostile, "w") as archive:
+        for member, content in members.items():
+            changed = config.replace(json.dumps(known), json.dumps("wsgiref.validate:validator"))
+            archive.writestr(member, changed if member == "config.json" else content)
+    try:
+        getattr(sb3_diffusion, name).load(hostile, device="cpu")
+    except FileFormatError:
+        refused += 1
+print(json.dumps({"imported": imported, "refused": refused, "hostile": "wsgiref" in sys.modules}))
+"""
+
+
+def test_loading_imports_nothing_outside_of_the_allow_list(spec: AlgoSpec, tmp_path: Path) -> None:
+    """Neither from a good file nor from one in which any of its class paths has become that of another module."""
+    spec.make(POINT_ENV).save(tmp_path / "model.zip")
+    script = [sys.executable, "-c", LOADS_AND_LISTS_IMPORTS]
+    arguments = [str(tmp_path / "model.zip"), str(tmp_path / "hostile.zip"), spec.cls.__name__]
+    printed = subprocess.run([*script, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(printed.splitlines()[-1])
+    allowed = {"sb3_diffusion", "stable_baselines3", "torch", "numpy", "gymnasium", "safetensors", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in found["imported"]} <= allowed
+    assert not any(name.startswith("wsgiref") for name in found["imported"]) and not found["hostile"]
+    assert found["refused"] >= 2
