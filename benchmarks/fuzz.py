@@ -1,5 +1,5 @@
 """
-Damaged and hostile files: model files, replay files and both kinds of datasets, changed at random, are read or refused.
+Damaged and hostile files: model files, replay files and all kinds of datasets, changed at random, are read or refused.
 
     python benchmarks/fuzz.py                        # 100,000 inputs in all; adds to what was done before
     python benchmarks/fuzz.py --kinds model --inputs 2000 --seed 7
@@ -282,6 +282,81 @@ def make_minari(folder: Path) -> Path:
     return folder
 
 
+def make_npz(folder: Path) -> Path:
+    """:return: path of a NumPy archive"""
+    write_dataset(small_dataset(), str(folder / "file.npz"))
+    return folder / "file.npz"
+
+
+def change_npz(path: Path, rng: np.random.Generator) -> None:
+    """Change a NumPy archive: its bytes, or one of its arrays."""
+    if rng.random() < 0.3:
+        path.write_bytes(change_bytes(path.read_bytes(), rng))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = {name: archive.read(name) for name in archive.namelist()}
+            name = str(rng.choice(sorted(members)))
+            member = Path(folder) / "member.npy"
+            member.write_bytes(members[name])
+            change_array(member, rng)
+            members[name] = member.read_bytes()
+            if rng.random() < 0.1:
+                members[str(rng.choice(["../outside.npy", "a.pkl", name]))] = pickle.dumps({"a": 1})
+            with zipfile.ZipFile(path, "w", int(rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))) as archive:
+                for key, content in members.items():
+                    archive.writestr(key, content)
+        except Exception:  # a start that is no zip any more
+            path.write_bytes(change_bytes(path.read_bytes(), rng))
+
+
+def make_mapped(folder: Path) -> Path:
+    """:return: folder of memory-mapped arrays"""
+    write_dataset(small_dataset(), str(folder / "file.mmap"))
+    return folder / "file.mmap"
+
+
+def change_array(path: Path, rng: np.random.Generator) -> None:
+    """Change a ``.npy`` file: its bytes, its header, or what it holds."""
+    kind = rng.integers(4)
+    if kind == 0:
+        path.write_bytes(change_bytes(path.read_bytes(), rng))
+    elif kind == 1:
+        header = {
+            "descr": str(rng.choice(["<f4", "|O", "<f8", "|b1", "<U9", "<M8[s]"])),
+            "fortran_order": bool(rng.integers(2)),
+            "shape": (int(rng.choice([0, -1, 3, 10**3, 10**12])), *[3] * int(rng.integers(3))),
+        }
+        data = path.read_bytes()
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_2_0(file, header)
+            file.write(data[int(rng.integers(64, 200)) :])
+    elif kind == 2:
+        np.save(path, np.array([{"a": 1}] * 3, dtype=object), allow_pickle=True)
+    else:
+        np.save(path, np.full(int(rng.integers(9)), rng.choice([np.nan, np.inf, -1e300, 2.0])))
+
+
+def change_folder(path: Path, rng: np.random.Generator, change: Callable[[Path, np.random.Generator], None]) -> None:
+    """
+    Change one file of a folder.
+
+    :param path: of the folder
+    :param rng: of the change
+    :param change: of a file that is not JSON
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    file = files[int(rng.integers(len(files)))]
+    if file.suffix != ".json":
+        change(file, rng)
+        return
+    try:
+        file.write_text(json.dumps(change_json(json.loads(file.read_text("utf-8")), rng)), encoding="utf-8")
+    except ValueError:
+        file.write_bytes(change_bytes(file.read_bytes(), rng))
+
+
 def change_archive(path: Path, rng: np.random.Generator) -> None:
     """Change a zip by its bytes or by what is in it."""
     data = path.read_bytes()
@@ -292,26 +367,19 @@ def change_archive(path: Path, rng: np.random.Generator) -> None:
     path.write_bytes(changed)
 
 
-def change_minari(path: Path, rng: np.random.Generator) -> None:
-    """Change the metadata or the data of a Minari folder."""
-    files = [file for file in path.rglob("*") if file.is_file()]
-    file = files[int(rng.integers(len(files)))]
-    if file.suffix == ".json":
-        try:
-            file.write_text(json.dumps(change_json(json.loads(file.read_text("utf-8")), rng)), encoding="utf-8")
-        except ValueError:
-            file.write_bytes(change_bytes(file.read_bytes(), rng))
-    elif file.suffix == ".hdf5":
-        change_quietly(file, rng)
-    else:
-        file.write_bytes(change_bytes(file.read_bytes(), rng))
-
-
 def change_quietly(path: Path, rng: np.random.Generator) -> None:
     """Change an HDF5 file; by its bytes where it cannot be opened any more."""
     try:
         change_hdf5(path, rng)
     except Exception:
+        path.write_bytes(change_bytes(path.read_bytes(), rng))
+
+
+def change_minari_file(path: Path, rng: np.random.Generator) -> None:
+    """Change the data of a Minari folder, or another file in it."""
+    if path.suffix == ".hdf5":
+        change_quietly(path, rng)
+    else:
         path.write_bytes(change_bytes(path.read_bytes(), rng))
 
 
@@ -325,7 +393,11 @@ KINDS: dict[str, Kind] = {
     "model": Kind(make_model, change_archive, lambda path: DTQL.load(path, device="cpu")),
     "replay buffer": Kind(make_replay, change_archive, lambda path: load_replay_buffer(path)),
     "D4RL file": Kind(make_hdf5, change_quietly, lambda path: load_dataset(str(path))),
-    "Minari folder": Kind(make_minari, change_minari, read_minari),
+    "Minari folder": Kind(make_minari, lambda path, rng: change_folder(path, rng, change_minari_file), read_minari),
+    "NumPy file": Kind(make_npz, change_npz, lambda path: load_dataset(str(path))),
+    "memory-mapped folder": Kind(
+        make_mapped, lambda path, rng: change_folder(path, rng, change_array), lambda path: load_dataset(str(path))
+    ),
 }
 
 
@@ -387,7 +459,7 @@ def read_batch(kind: Kind, starts: list[Path], seeds: Sequence[int], report: Pat
             rng = np.random.default_rng(seed)
             with tempfile.TemporaryDirectory() as name:
                 start = starts[int(rng.integers(len(starts)))]
-                path = Path(name) / ("input" if start.is_dir() else f"input{start.suffix}")
+                path = Path(name) / f"input{start.suffix}"
                 (shutil.copytree if start.is_dir() else shutil.copy)(start, path)
                 kind.change(path, rng)
                 finding, answer = None, "loaded"

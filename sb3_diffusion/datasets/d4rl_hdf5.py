@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from sb3_diffusion.datasets.description import ARRAYS_KEY, HDF5_KEY, read_description
 from sb3_diffusion.datasets.hdf5 import child, open_hdf5, read_tree
+from sb3_diffusion.datasets.numpy_files import read_npz
 from sb3_diffusion.datasets.offline_dataset import (
     Observations,
     OfflineDataset,
@@ -153,13 +153,7 @@ def load_arrays(
     :raises ValueError: if it is no such file, or its data is bad
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            columns: dict[str, Any] = {name: file[name] for name in file.files}
-    except (ValueError, OSError, BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a .npz file of plain arrays ({error}).") from error
+    columns = read_npz(path)
     known = read_description(str(columns.pop(ARRAYS_KEY)), path) if ARRAYS_KEY in columns else {"name": path.stem}
     for field in ("observations", "next_observations"):
         parts = {name.partition("/")[2]: columns.pop(name) for name in list(columns) if name.startswith(f"{field}/")}

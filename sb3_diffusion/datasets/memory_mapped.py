@@ -17,6 +17,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from sb3_diffusion.datasets.description import describe, read_description
+from sb3_diffusion.datasets.numpy_files import map_npy
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 
 MEMORY_MAPPED_SUFFIX = ".mmap"
@@ -208,7 +209,4 @@ def _map(folder: Path, name: str) -> np.ndarray:
     path = folder / _file_name(name)
     if not path.is_file():
         raise FileNotFoundError(f"The dataset in {folder} is not complete: {path.name} is missing.")
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a .npy file of a plain array, or was cut ({error}).") from error
+    return map_npy(path)
