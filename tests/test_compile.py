@@ -54,8 +54,7 @@ def assert_same_updates(spec: AlgoSpec, data: OfflineDataset) -> None:
     eager, compiled = (spec.make(dataset=data, compile=compile).learn(N_UPDATES) for compile in (False, True))
     assert counters["stats"]["unique_graphs"] > 0
     assert not compiled._compiler_failed
-    if isinstance(compiled, (DTQL, DiffusionQL, Diffuser)):
-        assert not counters["graph_break"]
+    assert not counters["graph_break"]
     expected, got = eager.policy.state_dict(), compiled.policy.state_dict()
     assert expected.keys() == got.keys()
     for name, value in expected.items():

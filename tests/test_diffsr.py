@@ -407,6 +407,11 @@ def test_features_are_those_of_the_average() -> None:
 # Losses against loops ---------------------------------------------------------------------------------------------------
 
 
+def critic_loss(model: DiffSR, batch: Any) -> th.Tensor:
+    """The loss at what an update draws for it."""
+    return model._critic_loss(batch, model._draw_normal(*batch.actions.shape))[0]
+
+
 def test_feature_loss() -> None:
     model, batch = make_model(reward_coef=0.3, noise_scale=0.5), make_batch()
     noise, level = th.randn(12, OBS_DIM), th.arange(12) % 10
@@ -420,7 +425,7 @@ def test_feature_loss() -> None:
         f = model.critic.denoiser.net(noisy[None], psi, level[i : i + 1])[0]
         total += (f - noise[i]).square().sum().item() / 12
         reward_error += (model.critic.reward_net(psi) - batch.rewards[i]).square().item() / 12
-    assert model._feature_loss(batch, noise, level).item() == pytest.approx(total + 0.3 * reward_error, rel=1e-4)
+    assert model._feature_loss(batch, noise, level)[0].item() == pytest.approx(total + 0.3 * reward_error, rel=1e-4)
 
 
 @pytest.mark.parametrize("actor_type", ["td3", "sac"])
@@ -448,7 +453,7 @@ def test_critic_loss(actor_type: str, discounted: bool) -> None:
         target = batch.rewards[i].item() + (1 - batch.dones[i].item()) * discount * (values.min().item() + entropy)
         estimates = model.critic.q_net(model.critic_target.spectral_features(s, a)).flatten()
         loss += sum((estimate.item() - target) ** 2 for estimate in estimates) / 12
-    assert model._critic_loss(batch).item() == pytest.approx(loss, rel=1e-4)
+    assert critic_loss(model, batch).item() == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(("actor_type", "reduction"), [("td3", None), ("sac", None), ("td3", "min"), ("sac", "mean")])
@@ -460,7 +465,7 @@ def test_actor_loss(actor_type: str, reduction: str | None) -> None:
     use_min = reduction == "min" or (reduction is None and actor_type == "sac")
     chosen = values.min(dim=0).values if use_min else values.mean(dim=0)
     expected = -chosen.mean() + (0.0 if log_prob is None else 0.3 * log_prob.mean())
-    th.testing.assert_close(model._actor_loss(batch, actions, log_prob), expected)
+    th.testing.assert_close(model._actor_loss(batch, actions, log_prob)[0], expected)
 
 
 def test_actor_imitates_offline() -> None:
@@ -469,11 +474,11 @@ def test_actor_imitates_offline() -> None:
     values = model.critic.q_net(model.critic_target.spectral_features(batch.observations, actions)).mean(dim=0)
     imitation = (actions - batch.actions).square().mean()
     expected = -values.mean() / values.abs().mean() + 0.7 * imitation
-    th.testing.assert_close(model._actor_loss(batch, actions, log_prob), expected)
+    th.testing.assert_close(model._actor_loss(batch, actions, log_prob)[0], expected)
     model._offline = False
-    th.testing.assert_close(model._actor_loss(batch, actions, log_prob), -values.mean())
+    th.testing.assert_close(model._actor_loss(batch, actions, log_prob)[0], -values.mean())
     model._offline, model.n_pretrain_steps = True, 1
-    th.testing.assert_close(model._actor_loss(batch, actions, log_prob), imitation)
+    th.testing.assert_close(model._actor_loss(batch, actions, log_prob)[0], imitation)
 
 
 def test_decorrelation_penalty() -> None:
@@ -487,7 +492,7 @@ def test_decorrelation_penalty() -> None:
     plain, batch = make_model(), make_batch()
     penalised = make_model(decorrelation_coef=2.0)
     hidden = plain.critic.q_net.hidden(plain.critic_target.spectral_features(batch.observations, batch.actions))
-    difference = penalised._critic_loss(batch) - plain._critic_loss(batch)
+    difference = critic_loss(penalised, batch) - critic_loss(plain, batch)
     th.testing.assert_close(difference, 2.0 * decorrelation_penalty(hidden).sum(), rtol=1e-3, atol=1e-4)
 
 
@@ -513,11 +518,11 @@ def test_bonus_is_added_to_rewards_online_only() -> None:
         bonus = 0.5 * elliptical_bonus(phi, moved, 11)
         values = model.critic.q_net(psi)
         expected = (values - batch.rewards - bonus).square().mean(dim=(1, 2)).sum()
-        th.testing.assert_close(model._critic_loss(batch), expected)
+        th.testing.assert_close(critic_loss(model, batch), expected)
         assert (bonus > 0.0).all()
         model._offline = True
         plain = (values - batch.rewards).square().mean(dim=(1, 2)).sum()
-        th.testing.assert_close(model._critic_loss(batch), plain)
+        th.testing.assert_close(critic_loss(model, batch), plain)
 
 
 # The update -------------------------------------------------------------------------------------------------------------
@@ -595,11 +600,11 @@ def test_calls_of_the_score_network(n_feature_steps: int, monkeypatch: pytest.Mo
 def test_gradients_stay_where_they_belong() -> None:
     """Only what each loss is to change, or passes through on the way to the action, gets a gradient."""
     model, batch = make_model(), make_batch()
-    model._critic_loss(batch).backward()
+    critic_loss(model, batch).backward()
     with_gradient = {name for name, parameter in model.policy.named_parameters() if parameter.grad is not None}
     assert with_gradient and all(name.startswith("critic.q_net.") for name in with_gradient)
     model.policy.zero_grad(set_to_none=True)
-    model._feature_loss(batch, th.randn(12, OBS_DIM), th.arange(12) % 10).backward()
+    model._feature_loss(batch, th.randn(12, OBS_DIM), th.arange(12) % 10)[0].backward()
     with_gradient = {name for name, parameter in model.policy.named_parameters() if parameter.grad is not None}
     assert with_gradient == {f"critic.{name}" for name, _ in model.critic.named_parameters() if "q_net" not in name}
     model.policy.zero_grad(set_to_none=True)
@@ -616,7 +621,7 @@ def test_values_on_the_features_as_they_are(actor_type: str) -> None:
     with th.no_grad():
         for parameter in model.critic_target.psi.parameters():
             parameter.fill_(math.nan)  # whatever touches the average shows
-    loss = model._critic_loss(batch)
+    loss = critic_loss(model, batch)
     loss.backward()
     with_gradient = {name for name, parameter in model.policy.named_parameters() if parameter.grad is not None}
     assert loss.isfinite() and all(name.startswith("critic.q_net.") for name in with_gradient)
@@ -629,7 +634,7 @@ def test_values_on_the_features_as_they_are(actor_type: str) -> None:
 
 def test_critic_may_train_the_features() -> None:
     model, batch = make_model(critic_trains_features=True), make_batch()
-    model._critic_loss(batch).backward()
+    critic_loss(model, batch).backward()
     assert all(parameter.grad is not None for parameter in model.critic.psi.parameters())
     assert all(parameter.grad is None for parameter in model.critic_target.parameters())
 
@@ -751,7 +756,7 @@ def test_images(share: bool) -> None:
     assert diffused.shape == (4, 8) and not diffused.requires_grad
     np.testing.assert_allclose(diffused.mean(dim=1), 0.0, atol=1e-5)
     noise, level = th.randn(4, 8), th.arange(4)
-    for loss in (model._feature_loss(batch, noise, level), model._critic_loss(batch)):
+    for loss in (model._feature_loss(batch, noise, level)[0], critic_loss(model, batch)):
         model.policy.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [parameter.grad for parameter in model.critic.features_extractor.parameters()]

@@ -811,8 +811,8 @@ def gradient_norms(model: DiffusionQL) -> dict[str, list[float]]:
     norms: dict[str, list[float]] = {"critic_loss": [], "actor_loss": []}
     minimize_ = model._minimize
 
-    def wrapped(name: str, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        minimize_(name, optimizer, loss)
+    def wrapped(name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, parts: Any = None) -> None:
+        minimize_(name, optimizer, loss, parts)
         gradients = [parameter.grad.flatten() for group in optimizer.param_groups for parameter in group["params"]]
         norms[name].append(th.cat(gradients).norm().item())
 

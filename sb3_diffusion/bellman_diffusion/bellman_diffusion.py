@@ -388,11 +388,14 @@ class BellmanDiffusion(MeasureAlgorithm):
                 means = self._logged_means(futures) if distills else None
             else:
                 chain = self._draw_chain(batch)
-                self._step("measure", self._measure_loss(batch, chain))
+                self._step(
+                    "measure", self._measure_loss(batch, chain, *self._draw_for_measure_loss(chain, len(batch.actions)))
+                )
                 rows, means = chain.rows, self._flow_means(batch, chain) if distills else None
             self._step("reward_model", self._reward_loss(batch))
             if self.train_agent:
-                self._step("behavior", self._behavior_loss(batch))
+                sigmas = log_logistic_sigmas(self._draw_uniform(len(batch.actions)))
+                self._step("behavior", self._behavior_loss(batch, self._draw_normal(*batch.actions.shape), sigmas))
                 if means is None:
                     self._train_rebrac(batch)
                 else:
@@ -407,10 +410,8 @@ class BellmanDiffusion(MeasureAlgorithm):
     # ---------------------------------------------------------------- the distilled agent
 
     @accelerated
-    def _behavior_loss(self, batch: FutureStateSamples) -> th.Tensor:
+    def _behavior_loss(self, batch: FutureStateSamples, noise: th.Tensor, sigmas: th.Tensor) -> th.Tensor:
         r"""$E[w(\sigma) \|D(a + \sigma \epsilon, \sigma | s) - a\|^2]$ (arXiv 2206.00364, eq. 2)."""
-        sigmas = log_logistic_sigmas(self._draw_uniform(len(batch.actions)))
-        noise = self._draw_normal(*batch.actions.shape)
         return self.policy.behavior.loss(batch.observations, batch.actions, noise, sigmas).mean()
 
     @th.no_grad()
@@ -476,7 +477,9 @@ class BellmanDiffusion(MeasureAlgorithm):
         noise = (self.target_policy_noise * self._draw_normal(*batch.actions.shape)).clamp(
             -self.target_noise_clip, self.target_noise_clip
         )
-        self._step("critic", self._critic_loss(batch, noise))
+        critic_loss, targets, rewards = self._critic_loss(batch, noise)
+        self._watch_targets(targets, rewards)
+        self._step("critic", critic_loss)
         if self.measure_penalty == "states":
             self._step("state_model", self._state_model_loss(batch, self._draw_normal(n, dim), self._draw_levels(n)))
         if (self._n_updates + 1) % self.policy_delay == 0:
@@ -485,11 +488,13 @@ class BellmanDiffusion(MeasureAlgorithm):
             self.policy.update_targets(self.critic_tau)
 
     @accelerated
-    def _critic_loss(self, batch: FutureStateSamples, noise: th.Tensor) -> th.Tensor:
+    def _critic_loss(self, batch: FutureStateSamples, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         r"""
         $E[(Q_j(s, a) - r - \gamma (\min_j \bar Q_j(s', \tilde a) - \beta_2 \|\tilde a - a'\|^2))^2]$ with
         $\tilde a = \bar\pi(s') + \epsilon$ and the logged $a'$ (arXiv 2305.09836); without the distance
         where the log has no $a'$.
+
+        :return: the loss, the targets and the rewards in them, both ``(batch_size, 1)``
         """
         policy = self.policy
         with th.no_grad():
@@ -501,8 +506,7 @@ class BellmanDiffusion(MeasureAlgorithm):
             distances = (actions - batch.next_actions).square().sum(dim=1, keepdim=True) * batch.has_next_actions
             values = policy.critic_target(batch.next_observations, actions).amin(dim=0) - self.critic_bc_coef * distances
             targets = rewards + self.gamma * (1.0 - batch.dones) * values
-            self._watch_targets(targets, rewards)
-        return (policy.critic(batch.observations, batch.actions) - targets).square().mean()
+        return (policy.critic(batch.observations, batch.actions) - targets).square().mean(), targets, rewards
 
     @accelerated_actor_loss
     def _rebrac_actor_loss(

@@ -228,16 +228,21 @@ class MeasureAlgorithm(OfflineAlgorithm):
             noisy = target.denoiser.corrupt(repeated, self._draw_normal(*repeated.shape), levels)
         return Chain(rows, condition, noisy, levels, clean)
 
+    def _draw_for_measure_loss(self, chain: Chain, n: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """:return: noise and levels of both branches: of the next states, and of the last states of episodes in the chains"""
+        return self._draw_normal(n, self.measure.coder.dim), self._draw_levels(n), self._draw_normal(*chain.noisy.shape)
+
     @accelerated
-    def _measure_loss(self, batch: FutureStateSamples, chain: Chain) -> th.Tensor:
+    def _measure_loss(
+        self, batch: FutureStateSamples, chain: Chain, noise: th.Tensor, levels: th.Tensor, chain_noise: th.Tensor
+    ) -> th.Tensor:
         r"""
         $(1 - \gamma) L_1 + \gamma L_2$: both branches of the Bellman equation in their shares (arXiv 2407.12163v1), after
         $l$ steps of the log $(1 - \gamma^l) L_1 + \gamma^l L_2$ (arXiv 2402.08530, n-step targets).
         """
-        n, dim = len(batch.actions), self.measure.coder.dim
         discounts = self._discounts(batch)
-        next_losses = self._next_state_loss(batch, self._draw_normal(n, dim), self._draw_levels(n))
-        bootstrap_losses = self._bootstrap_loss(batch, chain, self._draw_normal(*chain.noisy.shape))
+        next_losses = self._next_state_loss(batch, noise, levels)
+        bootstrap_losses = self._bootstrap_loss(batch, chain, chain_noise)
         shares = discounts[chain.rows].repeat(self.n_chain_levels)
         return ((1.0 - discounts) * next_losses).mean() + (shares * bootstrap_losses).mean()
 
@@ -296,10 +301,18 @@ class MeasureAlgorithm(OfflineAlgorithm):
 
     def _logged_loss(self, batch: FutureStateSamples, futures: th.Tensor) -> th.Tensor:
         """Algorithm 1 of arXiv 2407.12163v1, with noise and levels drawn here."""
-        return self._offset_loss(batch, futures, self._draw_normal(*futures.shape), self._draw_levels(len(futures)))
+        noise, levels = self._draw_normal(*futures.shape), self._draw_levels(len(futures))
+        return self._offset_loss(batch, futures, noise, levels, self._next_actions(batch))
 
     @accelerated
-    def _offset_loss(self, batch: FutureStateSamples, futures: th.Tensor, noise: th.Tensor, levels: th.Tensor) -> th.Tensor:
+    def _offset_loss(
+        self,
+        batch: FutureStateSamples,
+        futures: th.Tensor,
+        noise: th.Tensor,
+        levels: th.Tensor,
+        next_actions: th.Tensor,
+    ) -> th.Tensor:
         r"""
         At the noised future $x_i$ of offset $k$: $\eta_i \|\epsilon - f_\theta(x_i, s, a, i, n)\|^2$ for $k = 1$, and
         $\eta_i \|f_{\bar\theta}(x_i, s', a', i, n - 1) - f_\theta(x_i, s, a, i, n)\|^2$ above. The branches get their
@@ -309,7 +322,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         condition = measure.condition(batch.observations, batch.actions, steps)
         with th.no_grad():
             noisy = measure.denoiser.corrupt(futures, noise, levels)
-            next_condition = target.condition(batch.next_observations, self._next_actions(batch), steps - 1)
+            next_condition = target.condition(batch.next_observations, next_actions, steps - 1)
             told = target.denoiser.net(noisy, next_condition, levels)
             direct = (batch.offsets == 1) | (batch.dones > 0.0)
             goals = th.where(direct, target.denoiser.target(futures, noise, levels), told)

@@ -30,7 +30,8 @@ def autocast(precision: str, device: th.device) -> AbstractContextManager[Any]:
 def accelerated(method: MethodT) -> MethodT:
     """
     Mark a method of an algorithm, a function of tensors, to be run in the model's ``precision``, and by ``torch.compile``
-    where the model asks for it. What it returns, a tensor or a tuple of them, is float32 in either precision.
+    where the model asks for it. What it returns, tensors or tuples and dicts of them, is float32 in either precision. It
+    neither draws nor logs: what it needs of the first are its arguments, of the second its results.
 
     The marked method is compiled, not a network: modules and their ``state_dict`` stay as they are. Without a working
     compiler the method is run as it is written from then on, after one warning of the model.
@@ -59,7 +60,7 @@ def _accelerated(method: MethodT, run_method: Callable[..., Any]) -> MethodT:
             return run_method(method, self, *args)
         with autocast(self.precision, self.device):
             result = run_method(method, self, *args)
-        return tuple(part.float() for part in result) if isinstance(result, tuple) else result.float()
+        return _as_float(result)
 
     @functools.wraps(method)
     def run(self: Any, *args: Any) -> Any:
@@ -99,6 +100,14 @@ _CANNOT_BE_COMPILED = (
     "cannot be compiled here and run as they are written: {} Install a C++ compiler (or Triton, for a GPU), or set "
     "`compile=False`."
 )
+
+
+def _as_float(result: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(map(_as_float, result))
+    if isinstance(result, dict):
+        return {name: _as_float(part) for name, part in result.items()}
+    return result.float()
 
 
 def _run(method: Callable[..., Any], self: Any, *args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,12 @@ class WatchedAlgorithm(SavableAlgorithm):
 
     # ---------------------------------------------------------------- updates
 
-    def _minimize(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        """One step of ``optimizer``, and the loss to the log."""
+    def _minimize(
+        self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, parts: Mapping[str, th.Tensor] | None = None
+    ) -> None:
+        """One step of ``optimizer``, and the loss with its ``parts`` to the log."""
+        for part_name, part in (parts or {}).items():
+            self._add_loss(part_name, part.detach())
         try:
             self._add_loss(name, minimize(optimizer, loss, self.max_grad_norm))
         except NonFiniteError as error:
@@ -89,14 +94,12 @@ class WatchedAlgorithm(SavableAlgorithm):
 
     # ---------------------------------------------------------------- logging
 
-    @th.compiler.disable
     def _add_loss(self, name: str, loss: th.Tensor) -> None:
         """Add a detached scalar to the mean that the next log shows; nothing is read from the device before that."""
         total, count = self._loss_sums.get(name, (None, 0))
         # A copy, as a CUDA graph writes its next loss where the last one lay
         self._loss_sums[name] = (loss.clone() if total is None else total + loss, count + 1)
 
-    @th.compiler.disable
     def _watch_targets(self, targets: th.Tensor, rewards: th.Tensor) -> None:
         """Log the mean size of the targets of action values; the next log compares it with the largest reward."""
         self._add_loss("target_size", targets.abs().mean())

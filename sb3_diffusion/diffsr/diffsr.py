@@ -400,7 +400,9 @@ class DiffSR(OfflineAlgorithm):
             for _ in range(self.n_feature_steps):
                 batch = self.sample_batch(batch_size)
                 self._train_features(batch)
-            self._minimize("critic_loss", self.critic.optimizer, self._critic_loss(batch))
+            critic_loss, targets, parts = self._critic_loss(batch, self._draw_normal(*batch.actions.shape))
+            self._watch_targets(targets, batch.rewards)
+            self._minimize("critic_loss", self.critic.optimizer, critic_loss, parts)
             if self._n_updates % self.policy_delay == 0:
                 self._train_actor(batch)
             if self._n_updates % self.target_update_interval == 0:
@@ -416,15 +418,15 @@ class DiffSR(OfflineAlgorithm):
         n = len(transitions.rewards)
         level = self._draw_integers(self.n_diffusion_steps, n)
         noise = self._draw_normal(n, self.critic.diffused_dim)
-        loss = self._feature_loss(transitions, noise, level)
+        loss, parts = self._feature_loss(transitions, noise, level)
         if self._critic_reaches_features:
-            loss = loss + self._critic_loss(batch)
-        self._minimize("feature_loss", self.critic.feature_optimizer, loss)
+            loss = loss + self._critic_loss(batch, self._draw_normal(*batch.actions.shape))[0]
+        self._minimize("feature_loss", self.critic.feature_optimizer, loss, parts)
 
     def _train_actor(self, batch: Batch) -> None:
         """One step on the actor, and on the temperature if it is learned."""
         actions, log_prob = self.actor.sample(batch.observations, self._draw_normal(*batch.actions.shape))
-        self._minimize("actor_loss", self.actor.optimizer, self._actor_loss(batch, actions, log_prob))
+        self._minimize("actor_loss", self.actor.optimizer, *self._actor_loss(batch, actions, log_prob))
         if self.log_ent_coef is not None and log_prob is not None and not self.pretraining:
             self._add_loss("ent_coef", self.log_ent_coef.detach().exp().squeeze())
             self._minimize("ent_coef_loss", self.policy.ent_coef_optimizer, self._ent_coef_loss(log_prob.detach()))
@@ -450,22 +452,22 @@ class DiffSR(OfflineAlgorithm):
     # ---------------------------------------------------------------- losses
 
     @accelerated
-    def _feature_loss(self, batch: Batch, noise: th.Tensor, level: th.Tensor) -> th.Tensor:
+    def _feature_loss(self, batch: Batch, noise: th.Tensor, level: th.Tensor) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         r"""
         $E[\|\psi(s, a)^\top \zeta(\tilde s, k) - \epsilon\|^2] + c_r E[(\hat r(\psi(s, a)) - r)^2]$ with
         $\tilde s = \sqrt{\bar\alpha_k} s' + \sqrt{1 - \bar\alpha_k} \epsilon$ (Algorithm 1; other forms of the first term by
         ``feature_loss``). The next state $s'$ is the target's, without gradient.
+
+        :return: the loss, and its parts
         """
         psi = self.critic.spectral_features(batch.observations, batch.actions)
         with th.no_grad():
             next_states = self.critic_target.diffused(batch.next_observations)
-        loss = self._score_loss(psi, next_states, noise, level)
-        self._add_loss("score_loss", loss.detach())
-        if self.reward_coef > 0.0:
-            reward_loss = F.mse_loss(self.critic.reward_net(psi).squeeze(0), batch.rewards)
-            self._add_loss("reward_loss", reward_loss.detach())
-            loss = loss + self.reward_coef * reward_loss
-        return loss
+        score_loss = self._score_loss(psi, next_states, noise, level)
+        if self.reward_coef == 0.0:
+            return score_loss, {"score_loss": score_loss}
+        reward_loss = F.mse_loss(self.critic.reward_net(psi).squeeze(0), batch.rewards)
+        return score_loss + self.reward_coef * reward_loss, {"score_loss": score_loss, "reward_loss": reward_loss}
 
     def _score_loss(self, psi: th.Tensor, next_states: th.Tensor, noise: th.Tensor, level: th.Tensor) -> th.Tensor:
         """The first term of the feature loss, a sum over entries of the state and a mean over rows."""
@@ -476,17 +478,22 @@ class DiffSR(OfflineAlgorithm):
         return errors.sum(dim=1).mean()
 
     @accelerated
-    def _critic_loss(self, batch: Batch) -> th.Tensor:
+    def _critic_loss(self, batch: Batch, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
         r"""
         $\sum_i E[(Q_i(\bar\psi(s, a)) - r - \gamma (\min_j \bar Q_j(\bar\psi(s', a')) - \alpha \log \pi(a'|s')))^2]$, and the
         penalty on correlated hidden features.
+
+        :return: the loss, the targets, shape ``(batch_size, 1)``, and what else is logged
         """
+        parts: dict[str, th.Tensor] = {}
         with th.no_grad():
             fixed = self._value_features(batch.observations, batch.actions)
             discounts = self.gamma if batch.discounts is None else batch.discounts
-            next_values = self._next_values(batch, self._draw_normal(*batch.actions.shape))
-            targets = batch.rewards + self._bonus(fixed) + (1.0 - batch.dones) * discounts * next_values
-            self._watch_targets(targets, batch.rewards)
+            next_values = self._next_values(batch, noise)
+            targets = batch.rewards + (1.0 - batch.dones) * discounts * next_values
+            if self.exploration_coef > 0.0 and not self._offline:
+                bonus = self._bonus(fixed)
+                targets, parts["exploration_bonus"] = targets + bonus, bonus.mean()
         psi = fixed
         if self._critic_reaches_features:
             psi = self.critic.spectral_features(batch.observations, batch.actions)
@@ -494,7 +501,7 @@ class DiffSR(OfflineAlgorithm):
         loss = (self.critic.q_net.rest(hidden) - targets).square().mean(dim=(1, 2)).sum()
         if self.decorrelation_coef > 0.0:
             loss = loss + self.decorrelation_coef * decorrelation_penalty(hidden).sum()
-        return loss
+        return loss, targets, parts
 
     def _next_values(self, batch: Batch, noise: th.Tensor) -> th.Tensor:
         r"""
@@ -517,27 +524,28 @@ class DiffSR(OfflineAlgorithm):
         network = self.critic_target if self.target_features else self.critic
         return network.spectral_features(observations, actions)
 
-    def _bonus(self, psi: th.Tensor) -> th.Tensor | float:
-        r"""$b \sqrt{\phi^\top (n C + I)^{-1} \phi}$ online, $\phi$ being normalised features and $C$ their covariance."""
-        if self.exploration_coef == 0.0 or self._offline:
-            return 0.0
+    def _bonus(self, psi: th.Tensor) -> th.Tensor:
+        r"""$b \sqrt{\phi^\top (n C + I)^{-1} \phi}$, $\phi$ being normalised features and $C$ their covariance."""
         phi = unit_features(psi)
         covariance = self.policy.feature_covariance
         covariance.lerp_(average(phi.T @ phi / len(phi)), self.tau)
         assert self.replay_buffer is not None
         n_samples = self.replay_buffer.size() * self.replay_buffer.n_envs
-        bonus = self.exploration_coef * elliptical_bonus(phi, covariance, n_samples)
-        self._add_loss("exploration_bonus", bonus.mean())
-        return bonus
+        return self.exploration_coef * elliptical_bonus(phi, covariance, n_samples)
 
     @accelerated_actor_loss
-    def _actor_loss(self, batch: Batch, actions: th.Tensor, log_prob: th.Tensor | None) -> th.Tensor:
+    def _actor_loss(
+        self, batch: Batch, actions: th.Tensor, log_prob: th.Tensor | None
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         r"""
         $E[\alpha \log \pi(a|s) - Q(\bar\psi(s, a))]$ at the actor's $a$; $Q$ is the mean (TD3) or minimum (SAC) of the $Q_i$.
         Offline it is divided by $E|Q|$, and imitation is added (arXiv 2106.06860, eq. 5); pretraining imitates alone.
+
+        :return: the loss, and its parts
         """
         if self.pretraining:
-            return self._bc_loss(batch, actions)
+            bc_loss = self._bc_loss(batch, actions)
+            return bc_loss, {"bc_loss": bc_loss}
         q_values = self.critic.q_net(self._value_features(batch.observations, actions))
         reduction = self.q_reduction or ("mean" if self.actor_type == "td3" else "min")
         q_value = q_values.mean(dim=0) if reduction == "mean" else q_values.amin(dim=0)
@@ -546,14 +554,13 @@ class DiffSR(OfflineAlgorithm):
             loss = loss + (self._temperature() * log_prob).mean()
         if self._offline and self.bc_coef > 0.0:
             scale = average(q_value.detach().abs().mean()).clamp(min=MIN_Q_SCALE)
-            loss = loss / scale + self.bc_coef * self._bc_loss(batch, actions)
-        return loss
+            bc_loss = self._bc_loss(batch, actions)
+            return loss / scale + self.bc_coef * bc_loss, {"bc_loss": bc_loss}
+        return loss, {}
 
     def _bc_loss(self, batch: Batch, actions: th.Tensor) -> th.Tensor:
         r"""$E\|a_\theta - a\|^2$, a mean over dimensions."""
-        loss = F.mse_loss(actions, batch.actions)
-        self._add_loss("bc_loss", loss.detach())
-        return loss
+        return F.mse_loss(actions, batch.actions)
 
     def _ent_coef_loss(self, log_prob: th.Tensor) -> th.Tensor:
         r"""$-\log\alpha\, E[\log \pi(a|s) + \bar H]$ (arXiv 1812.05905, eq. 18, of the logarithm)."""

@@ -290,10 +290,8 @@ class DiffusionQL(ActorCriticAlgorithm):
             critic_loss, targets = self._critic_loss(batch, self._draw_next_latents(batch))
             self._watch_targets(targets, batch.rewards)
             self._minimize("critic_loss", self.critic.optimizer, critic_loss)
-            actor_loss, *parts = self._actor_loss(batch, *self._draw_corruption(batch), *self._draw_for_q_loss(batch))
-            for name, part in zip(("bc_loss", "q_loss"), parts, strict=False):
-                self._add_loss(name, part)
-            self._minimize("actor_loss", self.actor.optimizer, actor_loss)
+            loss, parts = self._actor_loss(batch, *self._draw_corruption(batch), *self._draw_for_q_loss(batch))
+            self._minimize("actor_loss", self.actor.optimizer, loss, parts)
             self._update_actor_target()
             self._update_critic_target()
             if self.pretraining:
@@ -382,19 +380,19 @@ class DiffusionQL(ActorCriticAlgorithm):
         step: th.Tensor,
         latents: th.Tensor | None = None,
         first: th.Tensor | None = None,
-    ) -> tuple[th.Tensor, ...]:
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         r"""
         $L(\theta) = L_d(\theta) + \eta L_q(\theta)$ (eq. 3); $L_d$ alone without ``latents``.
 
-        :return: the loss, and its parts detached
+        :return: the loss, and its parts
         """
         features = self.actor.features(batch.observations)
         bc_loss = self._bc_loss(features, batch.actions, noise, step)
         loss = (self.online_bc_coef if self.dataset is None else self.bc_coef) * bc_loss
         if latents is None or first is None:
-            return loss, bc_loss.detach()
+            return loss, {"bc_loss": bc_loss}
         q_loss = self._q_loss(batch, features, latents, first)
-        return loss + self.q_coef * q_loss, bc_loss.detach(), q_loss.detach()
+        return loss + self.q_coef * q_loss, {"bc_loss": bc_loss, "q_loss": q_loss}
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor_target"]
