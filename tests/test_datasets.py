@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -1103,3 +1105,82 @@ def test_reference_scores():
     assert minari_scores("D4RL/kitchen/complete-v2") == (0.0, 4.0)
     assert minari_scores("mujoco/reacher/expert-v0") is None and minari_scores("D4RL/pointmaze/umaze-v2") is None
     assert minari_scores("bench/hopper/medium-v0") is None
+
+
+# A dataset brings no code ---------------------------------------------------------------------------------------------
+
+
+def hostile_minari(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
+    """A dataset of Pendulum whose recorded environment has become another, and whose metadata lack what is None."""
+    minari = pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
+    env = gym.make("Pendulum-v1")
+    buffer = EpisodeBuffer(
+        observations=np.zeros((4, 3), np.float32),
+        actions=np.zeros((3, 1), np.float32),
+        rewards=np.zeros(3),
+        terminations=np.zeros(3, bool),
+        truncations=np.arange(3) == 2,
+        infos={},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers("hostile/log-v0", [buffer], env=env)
+    file = folder / "hostile/log-v0/data/metadata.json"
+    metadata = json.loads(file.read_text())
+    spec = json.loads(metadata["env_spec"])
+    spec.update({key: value for key, value in changes.items() if key in spec})
+    metadata["env_spec"] = json.dumps(spec)
+    for key in changes:
+        if key in metadata and key not in spec:
+            del metadata[key]
+    file.write_text(json.dumps(metadata))
+    return "hostile/log-v0"
+
+
+EVIL = "sb3_diffusion_tests_evil"
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that leaves a mark when it is imported."""
+    mark = tmp_path / "mark"
+    (tmp_path / f"{EVIL}.py").write_text(f"open({str(mark)!r}, 'w')\n\n\ndef make(**kwargs):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return mark
+
+
+def test_environments_of_datasets_bring_no_code(tmp_path: Path, evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = hostile_minari(tmp_path / "a", monkeypatch, id="Evil-v0", entry_point=f"{EVIL}:make")
+    with pytest.warns(UserWarning, match=r"Evil-v0 \(.*\), which is not registered here"):
+        dataset = load_dataset(source)
+    assert dataset.env_spec is None
+    with (
+        pytest.warns(UserWarning, match="not registered"),
+        pytest.raises(ValueError, match="no environment that is registered"),
+    ):
+        make_env(source)
+    # Under a registered id the code is that of the registry, whatever the data say; foreign wrappers are left out
+    wrapper = {"name": "Evil", "entry_point": f"{EVIL}:make", "kwargs": {}}
+    clip = {"name": "ClipAction", "entry_point": "gymnasium.wrappers.transform_action:ClipAction", "kwargs": {}}
+    video = {"name": "V", "entry_point": "gymnasium.wrappers.rendering:RecordVideo", "kwargs": {"video_folder": str(evil)}}
+    changes = dict(entry_point=f"{EVIL}:make", additional_wrappers=[wrapper, clip, video], kwargs={"g": 5.0})
+    source = hostile_minari(tmp_path / "b", monkeypatch, **changes)
+    env = make_env(source)
+    assert env.unwrapped.g == 5.0 and type(env.unwrapped).__name__ == "PendulumEnv"
+    assert isinstance(env.env, gym.wrappers.ClipAction)
+    assert not evil.exists() and EVIL not in sys.modules
+
+
+@pytest.mark.parametrize("lacking", ["observation_space", "action_space"])
+def test_environments_are_not_made_to_learn_the_spaces(
+    lacking: str, tmp_path: Path, evil: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hostile_minari(tmp_path / "a", monkeypatch, **{lacking: None, "entry_point": f"{EVIL}:make"})
+    with pytest.raises(ValueError, match="metadata tell no spaces"):
+        load_dataset(source)
+    assert not evil.exists()
+    good = hostile_minari(tmp_path / "b", monkeypatch, **{lacking: None})
+    assert load_dataset(good).observation_space == gym.make("Pendulum-v1").observation_space

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Any
 from warnings import warn
 
@@ -12,7 +10,9 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
+from sb3_diffusion.datasets.env_specs import register_robotics
 from sb3_diffusion.datasets.loading import load_dataset, open_minari_source
+from sb3_diffusion.datasets.minari_dataset import known_environment
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset, flatten_observation_space, flatten_observations
 
 # A time limit this many times longer than every recorded episode is none that evaluation could wait for.
@@ -124,16 +124,16 @@ def make_env(source: Any, **kwargs: Any) -> gym.Env:
     :raises ImportError: if a package is missing; names the extra to install
     """
     recorded = open_minari_source(source)
-    if recorded is None or _limit_is_absurd(recorded.env_spec, _recorded_lengths(recorded)):
-        source = recorded = load_dataset(source if recorded is None else recorded)
-    if recorded.env_spec is None:
+    spec = None if recorded is None else known_environment(recorded)
+    if recorded is None or _limit_is_absurd(spec, _recorded_lengths(recorded)):
+        source = load_dataset(source if recorded is None else recorded)
+        spec, kwargs = source.env_spec, _with_time_limit(source, kwargs)
+    if spec is None:
         raise ValueError(
-            f"The dataset {getattr(recorded, 'name', None) or source!r} does not name its environment. Make one with "
-            "gymnasium.make and give it to the model together with `dataset=`."
+            f"The dataset {getattr(source, 'name', None) or source!r} does not name its environment, or one that is not "
+            "registered here. Make one with gymnasium.make and give it to the model together with `dataset=`."
         )
-    if isinstance(recorded, OfflineDataset):
-        kwargs = _with_time_limit(recorded, kwargs)
-    return DatasetEnv(make_from_spec(recorded.env_spec, **kwargs), source)
+    return DatasetEnv(make_from_spec(spec, **kwargs), source)
 
 
 def make_dataset_env(dataset: OfflineDataset, **kwargs: Any) -> gym.Env:
@@ -165,11 +165,7 @@ def make_from_spec(spec: EnvSpec, **kwargs: Any) -> gym.Env:
     :return: the environment
     :raises ImportError: if a package is missing; names the extra to install
     """
-    if importlib.util.find_spec("gymnasium_robotics") is not None and "gymnasium_robotics" in str(spec.entry_point):
-        robotics = importlib.import_module("gymnasium_robotics")
-        # registers by itself when imported, depending on its version
-        if spec.id not in gym.registry and hasattr(gym, "register_envs"):
-            gym.register_envs(robotics)
+    register_robotics(spec)
     try:
         if "render_mode" not in {**spec.kwargs, **kwargs}:
             creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
+from sb3_diffusion.datasets.env_specs import trusted_spec
 from sb3_diffusion.datasets.hdf5 import child, open_hdf5, read_tree
 from sb3_diffusion.datasets.offline_dataset import (
     OfflineDataset,
@@ -51,9 +54,48 @@ def open_minari(dataset_id: str) -> Any:
             "holds it. Nothing is downloaded on its own."
         )
     try:
+        _check_metadata(folder)
         return minari.load_dataset(dataset_id)
     except (KeyError, AssertionError, OSError, ValueError) as error:
         raise ValueError(f"The Minari dataset in {folder} cannot be read: {error!r}. Download or record it again.") from error
+
+
+def _check_metadata(folder: Path) -> None:
+    """
+    Minari makes the recorded environment, whatever code that is, where the metadata tell no spaces.
+
+    :param folder: of the dataset
+    :raises ValueError: if that environment is not one that is registered here
+    """
+    from minari.dataset.minari_storage import MinariStorage
+
+    metadata = MinariStorage.read_raw_metadata(folder / "data")
+    if "observation_space" in metadata and "action_space" in metadata:
+        return
+    recorded = EnvSpec.from_json(metadata.get("env_spec", "{}"))
+    trusted = trusted_spec(recorded)
+    if trusted is None or recorded.entry_point != trusted.entry_point or recorded.additional_wrappers:
+        raise ValueError(
+            "its metadata tell no spaces, and name no environment that is registered here to take them from; got "
+            f"{recorded.id!r} with entry point {recorded.entry_point!r}"
+        )
+
+
+def known_environment(dataset: Any) -> EnvSpec | None:
+    """
+    :param dataset: a ``MinariDataset``
+    :return: the environment it was recorded in, None with a warning if that is not registered here
+    """
+    recorded = dataset.env_spec
+    spec = None if recorded is None else trusted_spec(recorded)
+    if spec is None and recorded is not None:
+        warnings.warn(
+            f"The Minari dataset {dataset.id!r} was recorded in {recorded.id} ({recorded.entry_point}), which is not "
+            "registered here, so that its environment is left out: a dataset brings no code. Import the package that "
+            "registers it before you load the data, or give `env` or `env_spec` yourself.",
+            stacklevel=3,
+        )
+    return spec
 
 
 def load_minari(dataset: Any, *, clip_actions: bool = False) -> OfflineDataset:
@@ -66,7 +108,7 @@ def load_minari(dataset: Any, *, clip_actions: bool = False) -> OfflineDataset:
 
     :param dataset: id of a dataset on this machine, or a ``MinariDataset`` (a filtered or combined one too)
     :param clip_actions: clip actions outside of the action space instead of refusing them
-    :return: the flat dataset, with the env spec that Minari recorded
+    :return: the flat dataset, with the environment that Minari recorded if it is registered here
     :raises FileNotFoundError: if the id is not on this machine
     :raises ValueError: if the data is empty or bad
     :raises TypeError: if actions are discrete, or observations of a kind that is not supported
@@ -106,7 +148,7 @@ def load_minari(dataset: Any, *, clip_actions: bool = False) -> OfflineDataset:
         reader.truncations,
         observation_space=observation_space,
         action_space=action_space,
-        env_spec=dataset.env_spec,
+        env_spec=known_environment(dataset),
         ref_min_score=scores[0],
         ref_max_score=scores[1],
         score_label=label,

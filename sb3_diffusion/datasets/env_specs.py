@@ -1,0 +1,54 @@
+"""Environments that a dataset names: their settings come from the data, their code from the registry of this process."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import inspect
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
+
+_SETTINGS = ("kwargs", "reward_threshold", "nondeterministic", "max_episode_steps", "order_enforce", "disable_env_checker")
+
+
+def register_robotics(spec: EnvSpec) -> None:
+    """
+    Register the environments of gymnasium-robotics, if it is installed and the environment is one of them.
+
+    :param spec: of the environment
+    """
+    if importlib.util.find_spec("gymnasium_robotics") is not None and "gymnasium_robotics" in str(spec.entry_point):
+        robotics = importlib.import_module("gymnasium_robotics")
+        # registers by itself when imported, depending on its version
+        if spec.id not in gym.registry and hasattr(gym, "register_envs"):
+            gym.register_envs(robotics)
+
+
+def trusted_spec(recorded: EnvSpec) -> EnvSpec | None:
+    """
+    The environment registered here under the id of a recorded spec, with the recorded settings. A recorded entry point, which
+    could name any function of any module, is never called; of recorded wrappers, those of ``gymnasium.wrappers`` remain.
+
+    :param recorded: as it stands in the data
+    :return: a spec that is safe to make, or None if none of that id is registered here
+    """
+    register_robotics(recorded)
+    registered = gym.registry.get(recorded.id)
+    if registered is None:
+        return None
+    spec = copy.copy(registered)
+    for name in _SETTINGS:
+        setattr(spec, name, copy.deepcopy(getattr(recorded, name)))
+    spec.additional_wrappers = tuple(wrapper for wrapper in recorded.additional_wrappers if _is_plain(wrapper))
+    return spec
+
+
+def _is_plain(wrapper: WrapperSpec) -> bool:
+    """:return: whether it is a wrapper of Gymnasium that writes no files"""
+    module, _, name = str(wrapper.entry_point).partition(":")
+    cls: Any = getattr(gym.wrappers, name, None)
+    known = inspect.isclass(cls) and issubclass(cls, gym.Wrapper) and wrapper.kwargs is not None
+    return known and cls.__module__ == module and module != "gymnasium.wrappers.rendering"
