@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import torch as th
@@ -447,6 +448,7 @@ def read_batch(kind: Kind, starts: list[Path], seeds: Sequence[int], report: Pat
     :param report: JSON lines
     """
     warnings.simplefilter("ignore")
+    gym.make(load_dataset(DEFAULT_DATASET_ID).env_spec).close()  # may be made for its spaces, and loads libraries then
     watch = Watch()
     signal.signal(signal.SIGALRM, too_slow)
     with open("/proc/self/statm", encoding="ascii") as file:

@@ -1159,7 +1159,7 @@ def test_environments_of_datasets_bring_no_code(tmp_path: Path, evil: Path, monk
     assert dataset.env_spec is None
     with (
         pytest.warns(UserWarning, match="not registered"),
-        pytest.raises(ValueError, match="no environment that is registered"),
+        pytest.raises(ValueError, match="does not name its environment"),
     ):
         make_env(source)
     # Under a registered id the code is that of the registry, whatever the data say; foreign wrappers are left out
