@@ -448,7 +448,9 @@ def read_batch(kind: Kind, starts: list[Path], seeds: Sequence[int], report: Pat
     :param report: JSON lines
     """
     warnings.simplefilter("ignore")
-    gym.make(load_dataset(DEFAULT_DATASET_ID).env_spec).close()  # may be made for its spaces, and loads libraries then
+    spec = load_dataset(DEFAULT_DATASET_ID).env_spec
+    assert spec is not None
+    gym.make(spec).close()  # may be made for its spaces, and loads libraries then
     watch = Watch()
     signal.signal(signal.SIGALRM, too_slow)
     with open("/proc/self/statm", encoding="ascii") as file:
