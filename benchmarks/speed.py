@@ -23,6 +23,7 @@ import torch as th
 from gymnasium import spaces
 from harness import RESULTS, write_table
 from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import CallbackList
 
 from sb3_diffusion import DTQL, BellmanDiffusion, DiffSR, Diffuser, DiffusionQL, OfflineDataset, load_dataset
 from sb3_diffusion.evaluation.timing import UNIT_OPERATIONS, count_operations, paired_timing
@@ -102,7 +103,11 @@ def part_names(name: str, variant: str) -> list[str]:
     """
     plans = METHODS[name][0] is Diffuser
     acting = [f"{N_PLANS} plans, 20 steps"] if plans else ["1 action", f"{N_PLANS} actions"]
-    return ["update", *(["batch"] if variant == "eager" else []), *(acting if plans or "compile" not in variant else [])]
+    return [
+        "update",
+        *(["20 steps of learn", "batch"] if variant == "eager" else []),
+        *(acting if plans or "compile" not in variant else []),
+    ]
 
 
 def parts_of(model: Any, name: str, variant: str) -> Iterator[tuple[str, Part]]:
@@ -114,6 +119,7 @@ def parts_of(model: Any, name: str, variant: str) -> Iterator[tuple[str, Part]]:
     """
     runs: dict[str, Part] = {
         "update": lambda: model.train(gradient_steps=1, batch_size=model.batch_size),
+        "20 steps of learn": lambda: model.learn(20, CallbackList([]), log_interval=None, reset_num_timesteps=False),
         "batch": lambda: model.sample_batch(model.batch_size),
         **acting(model),
     }
