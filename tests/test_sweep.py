@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch as th
+from envs import POINT_ENV
 
 import sb3_diffusion
 from sb3_diffusion import DTQL
@@ -23,6 +24,7 @@ from sb3_diffusion.sweep.settings import parse_params
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray[tune] is not installed")
 BOX_ID = "tests/point/random-v0"
+DATA = ("--dataset", BOX_ID, "--env", f"envs:{POINT_ENV}")
 SMALL = ("--params", "policy_kwargs.net_arch=[16]", "batch_size=8")
 FEW = ("--evaluations", "4", "--episodes", "1", "--workers", "2", "--device", "cpu")
 
@@ -93,7 +95,17 @@ def assert_same_parameters(one: DTQL, other: DTQL) -> None:
 def test_killed_trial_goes_on_exactly(environ: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trials at once; the process of one is killed, and ends with the model of an uninterrupted run all the same."""
     out, steps = tmp_path / "sweep", 400
-    command = ("-m", "sb3_diffusion", "sweep", str(out), "--dataset", BOX_ID, "--seeds", "2", "--steps", str(steps))
+    command = (
+        "-m",
+        "sb3_diffusion",
+        "sweep",
+        str(out),
+        *DATA,
+        "--seeds",
+        "2",
+        "--steps",
+        str(steps),
+    )
     driver = start(environ, tmp_path, *command, *FEW, *SMALL)
     first = wait_for(lambda: reports(out, 1), driver)[0]
     os.kill(first["pid"], signal.SIGKILL)
@@ -128,7 +140,7 @@ def test_killed_sweep_is_resumed_exactly(environ: dict, tmp_path: Path, monkeypa
     """The driver is killed while the second pair of four trials runs; a new process ends the sweep."""
     out, steps = tmp_path / "sweep", 2_000
     command = ("-m", "sb3_diffusion", "sweep", str(out))
-    options = ("--dataset", BOX_ID, "--seeds", "4", "--steps", str(steps))
+    options = (*DATA, "--seeds", "4", "--steps", str(steps))
     driver = start(environ, tmp_path, *command, *options, *FEW, *SMALL)
     wait_for(lambda: reports(out, 2) and reports(out, 3), driver)
     before = {seed: reports(out, seed) for seed in range(4)}
@@ -155,7 +167,16 @@ def test_killed_sweep_is_resumed_exactly(environ: dict, tmp_path: Path, monkeypa
 def test_search_with_early_stopping(environ: dict, tmp_path: Path) -> None:
     """A study for each algorithm, also after a kill; trials stop early, but the best of each algorithm does not."""
     out = tmp_path / "sweep"
-    command = ("-m", "sb3_diffusion", "sweep", str(out), "--algo", "dtql", "bellman_diffusion", "--dataset", BOX_ID)
+    command = (
+        "-m",
+        "sb3_diffusion",
+        "sweep",
+        str(out),
+        "--algo",
+        "dtql",
+        "bellman_diffusion",
+        *DATA,
+    )
     search = ("--samples", "5", "--early-stopping", "--seeds", "2", "--steps", "90")
     fixed = ("--params", "policy_kwargs.net_arch=[16]", "batch_size=8", "learning_rate=3e-4")
     driver = start(environ, tmp_path, *command, *search, "--evaluations", "9", *FEW[2:], *fixed)

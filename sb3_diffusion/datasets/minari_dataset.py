@@ -92,7 +92,7 @@ def known_environment(dataset: Any) -> EnvSpec | None:
         warnings.warn(
             f"The Minari dataset {dataset.id!r} was recorded in {recorded.id} ({recorded.entry_point}), which is not "
             "registered here, so that its environment is left out: a dataset brings no code. Import the package that "
-            "registers it before you load the data, or give `env` or `env_spec` yourself.",
+            "registers it before you load the data, or give `env` yourself, on the command line as module:id.",
             stacklevel=3,
         )
     return spec
