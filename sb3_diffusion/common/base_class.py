@@ -491,7 +491,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
         """Begin where the first of several processes is, which alone writes a log; each steps its own environments."""
         own_share(self.batch_size)
         states = {name: generator.get_state() for name, generator in self.generators().items()}
-        take_from_first([*self.policy.state_dict().values(), *states.values()])
+        take_from_first([*self.policy.state_dict().values(), *states.values()], self.device)
         for name, generator in self.generators().items():
             generator.set_state(states[name])
         if process_rank() > 0:

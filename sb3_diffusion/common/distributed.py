@@ -84,10 +84,14 @@ def average_gradients(parameters: Iterable[th.Tensor]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def take_from_first(tensors: Iterable[th.Tensor]) -> None:
+def take_from_first(tensors: Iterable[th.Tensor], device: th.device) -> None:
     """
-    :param tensors: that become, in place, what they are in the first process
+    :param tensors: that become, in place, what they are in the first process, wherever they are
+    :param device: that the processes exchange tensors on: NCCL knows GPUs alone
     """
-    if n_processes() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+    if n_processes() == 1:
+        return
+    for tensor in tensors:
+        sent = tensor.to(device)
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
