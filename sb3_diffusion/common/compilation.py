@@ -1,4 +1,4 @@
-"""How losses are run: as they are written or compiled, in full precision or with products of bfloat16."""
+"""How losses and plans are run: as they are written or compiled, in full precision or with products of bfloat16."""
 
 import functools
 import warnings
@@ -114,13 +114,11 @@ def _run(method: Callable[..., Any], self: Any, *args: Any) -> Any:
     if not self.compile or self._compiler_failed:
         return method(self, *args)
     with_graphs = self.compile == "cuda_graphs" and self.device.type == "cuda"
-    before = self.generator.get_state()  # what a failed run has drawn is drawn again by the next one
     try:
         return _compiled(method, "reduce-overhead" if with_graphs else None)(self, *args)
     except th._dynamo.exc.TorchDynamoException as error:
         self._compiler_failed = True
         warnings.warn(f"Losses {_CANNOT_BE_COMPILED.format(_first_line(error))}", stacklevel=3)
-        self.generator.set_state(before)
         return method(self, *args)
 
 
