@@ -40,6 +40,7 @@ from sb3_diffusion.common.allowlist import (
     slot_name,
     value_classes,
 )
+from sb3_diffusion.datasets.env_specs import SETTINGS
 
 #: Deepest nesting of containers that is written or read.
 MAX_DEPTH = 64
@@ -303,7 +304,7 @@ class Encoder:
             for wrapper in spec.additional_wrappers
             if not wrapper.entry_point.startswith("stable_baselines3.common.monitor")  # put around every env anyway
         ]
-        state = {name: getattr(spec, name) for name in _ENV_SPEC_FIELDS}
+        state = {name: getattr(spec, name) for name in SETTINGS}
         return {"$env_spec": spec.id, "state": self.encode_all(state, slot), "wrappers": self.encode(wrappers, slot)}
 
 
@@ -319,14 +320,6 @@ _SPACES: dict[str, type] = {
         spaces.Tuple,
     )
 }
-_ENV_SPEC_FIELDS = (
-    "kwargs",
-    "reward_threshold",
-    "nondeterministic",
-    "max_episode_steps",
-    "order_enforce",
-    "disable_env_checker",
-)
 
 
 def _storable(dtype: np.dtype) -> bool:
@@ -572,7 +565,7 @@ class Decoder:
         registered = gym.registry.get(spec_id)
         spec = EnvSpec(spec_id) if registered is None else copy.copy(registered)
         state = {key: self._decode(value, f"{slot}.{key}") for key, value in obj["state"].items()}
-        for name in _ENV_SPEC_FIELDS:
+        for name in SETTINGS:
             setattr(spec, name, state[name])
         if not isinstance(spec.kwargs, dict):
             raise FileFormatError(f"The arguments of the environment {spec_id!r} are a {type(spec.kwargs).__name__}.")

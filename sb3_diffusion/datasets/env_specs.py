@@ -11,7 +11,8 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-_SETTINGS = ("kwargs", "reward_threshold", "nondeterministic", "max_episode_steps", "order_enforce", "disable_env_checker")
+SETTINGS = ("kwargs", "reward_threshold", "nondeterministic", "max_episode_steps", "order_enforce", "disable_env_checker")
+"""Fields of an ``EnvSpec`` that are no code."""
 
 
 def register_robotics(spec: EnvSpec) -> None:
@@ -40,7 +41,7 @@ def trusted_spec(recorded: EnvSpec) -> EnvSpec | None:
     if registered is None:
         return None
     spec = copy.copy(registered)
-    for name in _SETTINGS:
+    for name in SETTINGS:
         setattr(spec, name, copy.deepcopy(getattr(recorded, name)))
     spec.additional_wrappers = tuple(wrapper for wrapper in recorded.additional_wrappers if _is_plain(wrapper))
     return spec
