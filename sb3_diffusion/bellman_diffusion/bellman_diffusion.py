@@ -388,9 +388,8 @@ class BellmanDiffusion(MeasureAlgorithm):
                 means = self._logged_means(futures) if distills else None
             else:
                 chain = self._draw_chain(batch)
-                self._step(
-                    "measure", self._measure_loss(batch, chain, *self._draw_for_measure_loss(chain, len(batch.actions)))
-                )
+                drawn = self._draw_for_measure_loss(chain, len(batch.actions))
+                self._step("measure", self._measure_loss(batch, chain, *drawn))
                 rows, means = chain.rows, self._flow_means(batch, chain) if distills else None
             self._step("reward_model", self._reward_loss(batch))
             if self.train_agent:
