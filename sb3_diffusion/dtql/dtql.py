@@ -411,6 +411,7 @@ class DTQL(ActorCriticAlgorithm):
             return average(q_values.abs().mean()).clamp(min=MIN_Q_SCALE)
         return 1.0
 
+    @accelerated
     def _nll_loss(self, batch: Batch) -> th.Tensor:
         r"""$-E[\log \pi_\theta(a | s)]$ over the data, the entropy term of section 2."""
         assert isinstance(self.actor, GaussianActor)
