@@ -394,7 +394,7 @@ class DiffusionPolicy(PickleFreeModule, BasePolicy):
     def set_training_mode(self, mode: bool) -> None:
         for name, module in self.networks():
             wanted = mode and name not in self.target_names
-            # To look costs a tenth of setting it, which would be half of the time of an action
+            # Looking is cheap beside setting, which would be half of the time of an action
             if any(part.training != wanted for part in module.modules()):
                 module.train(wanted)
         self.training = mode
