@@ -577,7 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--inputs", type=int, default=25_000, help="of each kind")
+    parser.add_argument("--inputs", type=int, default=16_700, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     th.set_num_threads(1)  # also because processes are forked
