@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch as th
 import torch.nn.functional as F
 from gymnasium import spaces
-from stable_baselines3.common.torch_layers import FlattenExtractor, create_mlp
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
@@ -82,11 +82,19 @@ class TD3BCPolicy(ActorCriticPolicy):
         self.set_training_mode(False)
 
 
+class TD3BCMultiInputPolicy(TD3BCPolicy):
+    """The same on ``Dict`` observations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        super().__init__(*args, **kwargs)
+
+
 class TD3BC(ActorCriticAlgorithm):
     """
     TD3+BC (arXiv 2106.06860) with its published settings.
 
-    :param policy: ``"MlpPolicy"``
+    :param policy: ``"MlpPolicy"`` or ``"MultiInputPolicy"``
     :param env: environment
     :param alpha: weight of the action values; 0 clones the behaviour and learns no action values
     :param policy_delay: updates of the critic per update of the actor
@@ -96,7 +104,7 @@ class TD3BC(ActorCriticAlgorithm):
     :param kwargs: further arguments of [OfflineAlgorithm][sb3_diffusion.OfflineAlgorithm]
     """
 
-    policy_aliases: ClassVar[dict[str, type[Any]]] = {"MlpPolicy": TD3BCPolicy}
+    policy_aliases: ClassVar[dict[str, type[Any]]] = {"MlpPolicy": TD3BCPolicy, "MultiInputPolicy": TD3BCMultiInputPolicy}
     actor: DeterministicActor
 
     def __init__(
