@@ -429,7 +429,7 @@ class Watch:
 
 def signature(error: BaseException) -> str:
     """:return: kind and words of an error, without what changes from input to input"""
-    words = re.sub(r"\S*[^A-Za-z ,.:]\S*", " ", str(error))[:80]
+    words = re.sub(r"\S*[^A-Za-z ,.:]\S*", " ", str(error)[:500])[:80]
     return f"{type(error).__name__}: {words}"
 
 
