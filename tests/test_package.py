@@ -1,8 +1,10 @@
 """The package as a whole: what it needs, what it offers, how it is started."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +105,32 @@ def test_console_script(tmp_path: Path) -> None:
 
 def test_nothing_prints_or_warns_when_imported(tmp_path: Path) -> None:
     assert run("import warnings; warnings.simplefilter('error', UserWarning); import sb3_diffusion", tmp_path) == ""
+
+
+FOR_ALL = {"sb3_diffusion.common.utils", "sb3_diffusion.common.distributed"}
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules of the package that a file imports, wherever in it; names taken from the package itself count as its."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("sb3_diffusion.")} - FOR_ALL
+
+
+def test_imports_go_one_way() -> None:
+    """The map in the documentation lists all there is, in an order in which each part knows only those above it."""
+    text = (ROOT.parent / "docs" / "developer.md").read_text("utf-8").partition("```text\n")[2].partition("```")[0]
+    lines = re.findall(r"^  ((?:\w+(?:/|\.py)(?:, |\s|$))+)", text, flags=re.MULTILINE)
+    ranks = {name: rank for rank, line in enumerate(lines) for name in re.findall(r"\w+(?=/|\.py)", line)}
+    parts = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert parts - {"__init__", "__main__"} == set(ranks)
+    for name, rank in ranks.items():
+        files = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").is_file() else (ROOT / name).rglob("*.py")
+        for file in files:
+            for module in imports_of(file):
+                other = module.split(".")[1]
+                assert other == name or ranks[other] < rank, f"{file.relative_to(ROOT)} imports {module}"
