@@ -12,14 +12,16 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-from sb3_diffusion.evaluation import bootstrap_interval, interquartile_mean
-from sb3_diffusion.evaluation.plots import plot_learning_curves
+from sb3_diffusion.evaluation import bootstrap_interval, estimate, interquartile_mean
+from sb3_diffusion.evaluation.plots import plot_learning_curves, plot_performance_profiles
 from sb3_diffusion.evaluation.report import format_number as number
 from sb3_diffusion.evaluation.results import behavior_score, curve, is_normalized
 from sb3_diffusion.evaluation.results import episode_scores as scores
@@ -39,6 +41,10 @@ than four runs the interquartile mean is the plain mean, with one run there is n
 interquartile mean of the single episodes of the last evaluation, all runs together. *Steps / s* counts training alone,
 *time* evaluations too, *actions / s* one observation at a time; all are means over runs. Make the page again with `make
 tables`.
+
+The datasets `bench/...`, and `hopper_medium_expert-v2` in D4RL's layout, were recorded for these benchmarks by public policies in
+Gymnasium's v5 environments. They are not the sets of similar names of Farama or D4RL, and not on Minari's server: without them the
+commands stop, and on other data the numbers will differ. *Command*s name scripts as they were called at that commit.
 """
 
 
@@ -48,15 +54,17 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
-    sections = [HEAD]
+    contents: dict[str, dict[str, Any]] = {}
     for path in sorted(options.results.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            render = {"runs": runs_section, "table": table_section}[content["kind"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if content["kind"] not in RENDERERS:
+                raise ValueError(f"its kind is {content['kind']!r}")
+            contents[path.stem] = content
+        except (json.JSONDecodeError, ValueError, KeyError, TypeError) as error:
             print(f"skipped {path.name}: not a result file that this script knows ({error!r})", file=sys.stderr)
-            continue
-        sections.append(render(path.stem, content, options.docs))
+    sections = [HEAD, *profiles_section([contents[stem] for stem in contents if stem.startswith("comparison_")], options.docs)]
+    sections += [RENDERERS[content["kind"]](stem, content, options.docs) for stem, content in contents.items()]
     page = options.docs / "benchmarks.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(sections), encoding="utf-8")
@@ -73,9 +81,7 @@ def runs_section(stem: str, content: dict[str, Any], docs: Path) -> str:
     :param docs: folder of the documentation
     :return: Markdown
     """
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run in content["runs"].values():
-        groups[run["name"]].append(run)
+    groups = runs_by_name(content)
     lines = [f"## {content['title']}", ""]
     if content.get("text"):
         lines += [content["text"], ""]
@@ -115,6 +121,66 @@ def runs_section(stem: str, content: dict[str, Any], docs: Path) -> str:
     )
     lines += ["", *provenance([run["environment"] for run in every], [c for run in every for c in run["commands"]]), ""]
     return "\n".join(lines)
+
+
+def runs_by_name(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """
+    :param content: of a result file of runs
+    :return: its runs by name of the setting
+    """
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in content["runs"].values():
+        groups[run["name"]].append(run)
+    return groups
+
+
+def profiles_section(contents: list[dict[str, Any]], docs: Path) -> list[str]:
+    """
+    What the methods reach over all compared tasks whose scores are normalised.
+
+    :param contents: of the result files, one per task
+    :param docs: folder of the documentation
+    :return: Markdown; nothing where fewer than two methods have two runs in each of two tasks
+    """
+    tasks = [
+        runs_by_name(content) for content in contents if content["runs"] and all(map(is_normalized, content["runs"].values()))
+    ]
+    if len(tasks) < 2:
+        return []
+    methods: dict[str, np.ndarray] = {}
+    for name in sorted(set.intersection(*(set(groups) for groups in tasks))):
+        n_runs = min(len(groups[name]) for groups in tasks)
+        if n_runs > 1:
+            methods[name] = np.array([[scores(run)[-1].mean() for run in groups[name][:n_runs]] for groups in tasks]).T
+    if len(methods) < 2:
+        return []
+    title, picture = "All methods over the tasks", "assets/comparison_profiles.svg"
+    names = ", ".join(groups[next(iter(methods))][0]["behavior"]["dataset"] for groups in tasks)
+    with_fixed_ids(
+        lambda: plot_performance_profiles(methods, title=title, unit="normalised score (percent)"), docs / picture, title
+    )
+    rows = []
+    for name, values in sorted(methods.items(), key=lambda item: -interquartile_mean(item[1])):
+        cells = [estimate(values, statistic=statistic) for statistic in ("iqm", "mean", "median", "optimality_gap")]
+        rows.append([name, str(len(values)), *(f"{number(e.value)} [{number(e.low)}, {number(e.high)}]" for e in cells)])
+    return [
+        "\n".join(
+            [
+                f"## {title}",
+                "",
+                f"{names}: last scores of the runs in the sections below, as many seeds of each as all tasks have; brackets "
+                "are 95 % bootstrap intervals, stratified by task. The optimality gap is what is missing to 100 on average.",
+                "",
+                *markdown_table(["", "seeds", "interquartile mean", "mean", "median", "optimality gap"], rows),
+                "",
+                f"![Performance profiles]({picture})",
+                "",
+                "Share of the runs that score more than $\\tau$, with pointwise 95 % bootstrap bands: the higher curve is the "
+                "better one.",
+                "",
+            ]
+        )
+    ]
 
 
 def table_section(stem: str, content: dict[str, Any], docs: Path) -> str:
@@ -198,16 +264,35 @@ def draw_curves(path: Path, groups: dict[str, list[dict[str, Any]]], title: str)
     """
     first = next(iter(groups.values()))[0]
     behaviors = sorted({behavior_score(run, "mean") for runs in groups.values() for run in runs if run["behavior"]})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "path"}):
-        figure = plot_learning_curves(
+    with_fixed_ids(
+        lambda: plot_learning_curves(
             {name: curve(runs) for name, runs in groups.items()},
             title=title,
             unit="normalised score (percent)" if is_normalized(first) else "return",
             references={f"behaviour, {number(value)}": value for value in behaviors},
-        )
+        ),
+        path,
+        title,
+    )
+
+
+def with_fixed_ids(draw: Callable[[], Figure], path: Path, salt: str) -> None:
+    """
+    Write a picture whose bytes depend on what it shows alone.
+
+    :param draw: makes the figure
+    :param path: picture to write
+    :param salt: of the ids in it
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
+        figure = draw()
         hide_edges(figure)
         figure.savefig(path, metadata={"Date": None})
+
+
+RENDERERS: dict[str, Callable[[str, dict[str, Any], Path], str]] = {"runs": runs_section, "table": table_section}
+"""By the kind of a result file."""
 
 
 if __name__ == "__main__":
