@@ -44,7 +44,8 @@ tables`.
 
 The datasets `bench/...`, and `hopper_medium_expert-v2` in D4RL's layout, were recorded for these benchmarks by public
 policies in Gymnasium's v5 environments. They are not the sets of similar names of Farama or D4RL, and not on Minari's
-server: without them the commands stop, and on other data the numbers will differ. *Command*s name scripts as they were called at that commit.
+server: without them the commands stop, and on other data the numbers will differ. *Command*s name scripts as they were
+called at that commit.
 """
 
 

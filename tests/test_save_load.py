@@ -31,6 +31,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffusion import DTQL, CosineSchedule, OfflineDataset
 from sb3_diffusion.common.serialization import FileFormatError, MissingObjectError, read_archive, write_archive
+from sb3_diffusion.evaluation import evaluate
 
 TESTS = Path(__file__).parent
 
@@ -154,8 +155,9 @@ def test_the_exact_resume_depends_on_the_generators(spec: AlgoSpec, box_dataset:
 
 def test_saving_and_loading_leave_the_process_alone(spec: AlgoSpec, box_dataset: OfflineDataset, tmp_path: Path) -> None:
     """Neither is the process touched, nor does a save change what the saved model does next."""
-    undisturbed = spec.make(dataset=box_dataset).learn(8)
-    model = spec.make(dataset=box_dataset).learn(4)
+    model = spec.make(dataset=box_dataset, seed=7).learn(4)
+    undisturbed = spec.make(dataset=box_dataset, seed=7).learn(8)
+    random.seed(99), np.random.seed(99), th.manual_seed(99)  # others than the model's
     before = process_state()
     model.save(tmp_path / "model")
     assert process_state() == before
@@ -308,6 +310,27 @@ def test_vec_normalize_travels(spec: AlgoSpec, tmp_path: Path) -> None:
     own = VecNormalize(DummyVecEnv([lambda: gym.make(POINT_ENV)]))
     own.reset()
     assert spec.cls.load(tmp_path / "again", env=own).get_vec_normalize_env().obs_rms.count < 2
+
+
+def test_vec_normalize_travels_without_an_env(spec: AlgoSpec, box_dataset: OfflineDataset, tmp_path: Path) -> None:
+    """The data, or nothing, in the place of the environment: training and evaluation are normalised as before."""
+
+    def make() -> Any:
+        env = VecNormalize(DummyVecEnv([lambda: gym.make(POINT_ENV)]))
+        return spec.make(env, dataset=box_dataset, seed=3)
+
+    whole, model = make().learn(8), make().learn(4)
+    model.save(tmp_path / "model")
+    env = model.get_vec_normalize_env()
+    for kwargs in ({}, {"dataset": box_dataset}):
+        loaded = spec.cls.load(tmp_path / "model", **kwargs)
+        theirs = loaded.get_vec_normalize_env()
+        np.testing.assert_array_equal(theirs.obs_rms.mean, env.obs_rms.mean)
+        expected = evaluate(model, POINT_ENV, 2, seed=0).returns
+        np.testing.assert_array_equal(evaluate(loaded, POINT_ENV, 2, seed=0).returns, expected)
+    resumed = spec.cls.load(tmp_path / "model", dataset=box_dataset, device="cpu")
+    resumed.learn(4, reset_num_timesteps=False)
+    assert_equal_models(resumed, whole)
 
 
 def test_action_noise_and_schedules_travel(spec: AlgoSpec, tmp_path: Path) -> None:

@@ -1,19 +1,25 @@
 """Files of algorithms: models and replay buffers without pickle, loaded without touching the process."""
 
+import os
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, unwrap_vec_normalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffusion.buffers import EpisodeReplayBuffer
+from sb3_diffusion.common.archive import with_suffix
 from sb3_diffusion.common.model_file import described_by, read_model, read_parameters, write_model
 from sb3_diffusion.common.serialization import PathOrFile, load_replay_buffer, save_replay_buffer
+from sb3_diffusion.common.utils import process_randomness_kept
 from sb3_diffusion.common.vec_normalize import vec_normalize_state, wrap_vec_normalize
+from sb3_diffusion.datasets import SpacesEnv
 
 SelfSavableAlgorithm = TypeVar("SelfSavableAlgorithm", bound="SavableAlgorithm")
 
@@ -28,7 +34,6 @@ class SavableAlgorithm(OffPolicyAlgorithm):
 
     generator: th.Generator  # of the updates
     acting_generator: th.Generator  # of the actions
-    _saved_vec_normalize: dict[str, Any] | None = None  # of a file loaded without an environment
     _last_saved: str | None = None  # path, in this process
 
     def generators(self) -> dict[str, th.Generator]:
@@ -45,9 +50,8 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :param force_reset: reset it before the next rollout
         """
         wrapped = self._wrap_env(maybe_make_env(env, self.verbose), self.verbose)
-        if self._saved_vec_normalize is not None:
-            wrapped = wrap_vec_normalize(wrapped, self._saved_vec_normalize)
-            self._saved_vec_normalize = None
+        if self.env is None and self._vec_normalize_env is not None:
+            wrapped = wrap_vec_normalize(wrapped, vec_normalize_state(self._vec_normalize_env))
         super().set_env(wrapped, force_reset)
 
     def _excluded_save_params(self) -> list[str]:
@@ -56,7 +60,6 @@ class SavableAlgorithm(OffPolicyAlgorithm):
             "generator",
             "acting_generator",
             "lr_schedule",  # made from learning_rate
-            "_saved_vec_normalize",
             "_last_saved",
         ]
 
@@ -74,11 +77,10 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         """
         self._check_before_saving(path)
         excluded = (set(self._excluded_save_params()) | set(exclude or ())) - set(include or ())
-        state = self._saved_vec_normalize
-        if self._vec_normalize_env is not None:
-            state = vec_normalize_state(self._vec_normalize_env)
-        write_model(self, path, excluded, state)
-        self._last_saved = str(path)
+        normalizer = self._vec_normalize_env
+        write_model(self, path, excluded, None if normalizer is None else vec_normalize_state(normalizer))
+        if isinstance(path, (str, os.PathLike)):
+            self._last_saved = str(with_suffix(path))
 
     def _check_before_saving(self, path: PathOrFile) -> None:
         """Raise an error where the model must not take the place of what is at ``path``."""
@@ -125,15 +127,15 @@ class SavableAlgorithm(OffPolicyAlgorithm):
             check_for_correct_spaces(env, data["observation_space"], data["action_space"])
             if file.vec_normalize is not None:
                 env = wrap_vec_normalize(env, file.vec_normalize)
-        with th.random.fork_rng():
+        with process_randomness_kept():
             model = cls(data["policy_class"], env, device=device, dataset=dataset, _init_setup_model=False)  # type: ignore[call-arg,arg-type]
             if model.env is not None:
                 check_for_correct_spaces(model.env, data["observation_space"], data["action_space"])
                 data["n_envs"] = model.env.num_envs
                 if force_reset:
                     data["_last_obs"] = None
-            elif file.vec_normalize is not None:
-                model._saved_vec_normalize = file.vec_normalize
+            if file.vec_normalize is not None and model._vec_normalize_env is None:
+                model._carry_vec_normalize(file.vec_normalize, data["observation_space"], data["action_space"])
             vars(model).update(data)
             vars(model).update(kwargs)
             with described_by():
@@ -145,6 +147,19 @@ class SavableAlgorithm(OffPolicyAlgorithm):
                 if state is not None and state.numel() == generator.get_state().numel():  # of the same kind of device
                     generator.set_state(state)
         return model
+
+    def _carry_vec_normalize(
+        self, state: dict[str, Any], observation_space: spaces.Space, action_space: spaces.Space
+    ) -> None:
+        """
+        Put the saved ``VecNormalize`` around the environment that the data brought; without one around an environment that
+        has spaces alone, so that data and evaluations are normalised as in training.
+        """
+        env = self.env or DummyVecEnv([lambda: SpacesEnv(observation_space, action_space)])
+        env = wrap_vec_normalize(env, state)
+        self._vec_normalize_env = unwrap_vec_normalize(env)
+        if self.env is not None:
+            self.env = env
 
     def set_parameters(  # type: ignore[override]
         self,

@@ -1,9 +1,12 @@
 """What several algorithms share and SB3 lacks."""
 
 import math
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
@@ -15,6 +18,18 @@ from sb3_diffusion.common.distributed import average, average_gradients
 
 class NonFiniteError(FloatingPointError):
     """A number that has to be finite is NaN or infinite: a loss, a gradient, what an environment returns, a weight."""
+
+
+@contextmanager
+def process_randomness_kept() -> Iterator[None]:
+    """What is drawn or seeded inside leaves the process's own generators, of Python, NumPy and torch, as they were."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with th.random.fork_rng():
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def minimize(optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float | None = None) -> th.Tensor:

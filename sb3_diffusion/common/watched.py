@@ -130,9 +130,10 @@ class WatchedAlgorithm(SavableAlgorithm):
     # ---------------------------------------------------------------- files
 
     def _check_before_saving(self, path: PathOrFile) -> None:
-        for name, network in self.policy.networks():
-            if not all_finite(dict(network.named_parameters())):
-                raise NonFiniteError(f"Weights of `{name}` are not finite, so that nothing is saved: {path} is as it was.")
+        for name, parameter in self.policy.named_parameters():
+            if not all_finite(parameter):
+                part = name.partition(".")[0]
+                raise NonFiniteError(f"Weights of `{part}` are not finite, so that nothing is saved: {path} is as it was.")
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_loss_sums", "_reward_size", "_diverges", "_last_batch"]
