@@ -148,9 +148,7 @@ class SavableAlgorithm(OffPolicyAlgorithm):
                     generator.set_state(state)
         return model
 
-    def _carry_vec_normalize(
-        self, state: dict[str, Any], observation_space: spaces.Space, action_space: spaces.Space
-    ) -> None:
+    def _carry_vec_normalize(self, state: dict[str, Any], observation_space: spaces.Space, action_space: spaces.Space) -> None:
         """
         Put the saved ``VecNormalize`` around the environment that the data brought; without one around an environment that
         has spaces alone, so that data and evaluations are normalised as in training.
