@@ -50,10 +50,11 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
     Write a figure without the upper and the right edge of its panels; folders are made.
 
     :param figure: to write
-    :param path: file; its suffix decides the format (png, pdf, svg)
+    :param path: file; its suffix decides the format (png, pdf, svg), without one it gets ``.png``
     :return: the path written
     """
     path = Path(path)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     hide_edges(figure)
     figure.savefig(path, dpi=DPI)

@@ -21,6 +21,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from stable_baselines3.her import HerReplayBuffer
 
 import sb3_diffusion
+from sb3_diffusion import DTQL, EpisodeReplayBuffer
+from sb3_diffusion.common.vec_normalize import fit_vec_normalize, is_unused
 from sb3_diffusion.datasets import (
     FlattenNestedDictObservation,
     OfflineDataset,
@@ -227,6 +229,59 @@ def test_integer_observations_keep_their_kind():
         toy_dataset(observations=np.arange(5) / 2, next_observations=np.arange(5), observation_space=spaces.Discrete(5))
 
 
+INTEGER_SPACES = {  # with observations inside, and the last one outside
+    "picture": (spaces.Box(0, 255, (1, 2), np.uint8), [[[0, 255]], [[7, 300]]], 300, "0 to 255"),
+    "box": (spaces.Box(np.array([0, -9]), np.array([5, -3]), dtype=np.int64), [[0, -9], [5, -3], [5, -2]], -2, "-9 to -3"),
+    "discrete": (spaces.Discrete(3), [0, 2, 7], 7, "0 to 2"),
+    "below": (spaces.Discrete(3, start=2), [2, 4, 1], 1, "2 to 4"),
+    "multi-discrete": (spaces.MultiDiscrete([3, 4], start=[1, -2]), [[1, -2], [3, 1], [0, 0]], 0, "1 to 3"),
+    "multi-binary": (spaces.MultiBinary(2), [[0, 1], [1, 2]], 2, "0 to 1"),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int16, np.float32])
+@pytest.mark.parametrize("kind", INTEGER_SPACES)
+def test_integers_outside_of_their_space_are_located(kind: str, dtype: type, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sb3_diffusion.datasets.offline_dataset._CHUNK", 2)
+    space, rows, value, allowed = INTEGER_SPACES[kind]
+    good = np.array((rows[:-1] * 5)[:5], dtype)
+    data = toy_dataset(observations=good, next_observations=good, observation_space=space)
+    np.testing.assert_array_equal(data.observations, good)
+    bad = good.copy()
+    bad[4] = rows[-1]
+    where = rf"got {value}(\.0)? at episode 1, step 1, allowed {allowed}\. Give the right `observation_space`"
+    with pytest.raises(ValueError, match=rf"`next_observations` must lie inside of the space .*: {where}"):
+        toy_dataset(observations=good, next_observations=bad, observation_space=space)
+    with pytest.raises(ValueError, match=rf"`observations\['a'\]` must lie inside of the space .*: {where}"):
+        toy_dataset(observations={"a": bad}, next_observations={"a": good}, observation_space=spaces.Dict({"a": space}))
+
+
+def test_bytes_of_pictures_need_no_look(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sb3_diffusion.datasets.offline_dataset._CHUNK", None)  # what reads data needs it
+    images = np.arange(20, dtype=np.uint8).reshape(5, 2, 2, 1)
+    space = spaces.Box(0, 255, (2, 2, 1), np.uint8)
+    with pytest.raises(TypeError):
+        toy_dataset(observations=images.astype(int), next_observations=images, observation_space=space)
+    monkeypatch.setattr(OfflineDataset, "_checked_floats", lambda self, array, field: array.astype(np.float32))
+    assert toy_dataset(observations=images, next_observations=images, observation_space=space).observations is images
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(5), spaces.Dict({"n": spaces.Discrete(5)})])
+def test_discrete_observations_as_a_column(space: spaces.Space):
+    numbers = np.arange(12) % 5
+    for column in (numbers, numbers[:, None]):
+        arrays = {**toy_arrays(), "observations": {"n": column} if isinstance(space, spaces.Dict) else column}
+        policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
+        env = SpacesEnv(space, ACTION_SPACE)
+        for data in (
+            load_dataset(arrays, observation_space=space),
+            DTQL(policy, env, dataset=arrays, policy_kwargs={"net_arch": [4]}, device="cpu").dataset,
+        ):
+            assert data.observation_space == space
+            found = data.observations["n"] if isinstance(space, spaces.Dict) else data.observations
+            np.testing.assert_array_equal(found, numbers[:-1])
+
+
 def test_actions_outside_of_the_box():
     actions = np.zeros((5, 1))
     actions[3], actions[4] = 1.5, -7.0
@@ -285,6 +340,8 @@ def test_normalized_score():
     data = toy_dataset(ref_min_score=-10, ref_max_score=30)
     assert data.normalized_score(10.0) == 50.0 and isinstance(data.normalized_score(10), float)
     np.testing.assert_allclose(data.normalized_score([-10, 30, 50]), [0, 100, 150])
+    assert data.has_reference_scores and not toy_dataset().has_reference_scores
+    assert not toy_dataset(ref_max_score=30).has_reference_scores and not toy_dataset(ref_min_score=0).has_reference_scores
     with pytest.raises(ValueError, match="has no reference scores"):
         toy_dataset().normalized_score(1.0)
 
@@ -315,6 +372,8 @@ def test_plot(tmp_path: Path):
     wide = spaces.Box(-np.inf, np.inf, (40,))
     data = toy_dataset(rewards=np.zeros(5), terminations=np.zeros(5), actions=np.zeros((5, 40)), action_space=wide)
     assert data.plot(tmp_path / "wide.pdf").stat().st_size > 1000
+    path = data.plot(tmp_path / "bare")
+    assert path == tmp_path / "bare.png" and imread(path).shape == picture.shape
 
 
 # Stacking -------------------------------------------------------------------------------------------------------------
@@ -405,6 +464,28 @@ def test_stack_is_vec_frame_stack(kind: str, n_stack: int):
         np.testing.assert_array_equal(ours.low, theirs.low)
         np.testing.assert_array_equal(ours.high, theirs.high)
     np.testing.assert_array_equal(stacked.episode_ends, data.episode_ends)
+
+
+def test_stacked_integers_have_room_for_the_zeros_before_the_start():
+    numbers = np.arange(1, 6)[:, None]
+    for space, values in ((spaces.Box(1, 5, (1,), np.int64), numbers), (spaces.Box(-5, -1, (1,), np.int64), -numbers)):
+        stacked = toy_dataset(observations=values, next_observations=values, observation_space=space).stack(2)
+        assert stacked.observations[:, 0].tolist() == [0, *values[:2, 0], 0, *values[3:4, 0]]
+        assert (stacked.observation_space.low <= 0).all() and (stacked.observation_space.high >= 0).all()
+
+
+def test_statistics_of_stacked_data_need_a_normalizer_outside_of_the_stack():
+    """In RL Zoo's order the wrapper sees single observations."""
+    data = toy_dataset().stack(3)
+    inside = VecNormalize(DummyVecEnv([lambda: CountingEnv(OBS_SPACE)]))
+    with pytest.raises(ValueError, match=r"of shape \(6,\): got \(2,\).*VecNormalize\(VecFrameStack\(env\)\), not"):
+        fit_vec_normalize(inside, data)
+    assert is_unused(inside) and inside.obs_rms.mean.shape == (2,)
+    VecFrameStack(inside, 3).reset()
+    outside = VecNormalize(VecFrameStack(DummyVecEnv([lambda: CountingEnv(OBS_SPACE)]), 3))
+    fit_vec_normalize(outside, data)
+    np.testing.assert_allclose(outside.obs_rms.mean, data.observations.mean(axis=0))
+    outside.reset()
 
 
 def test_stack_refuses():
@@ -641,7 +722,8 @@ def test_d4rl_without_timeouts_is_cut_by_the_horizon(tmp_path: Path):
     data = load_d4rl(write_d4rl(tmp_path / "arm.hdf5", **arrays))
     assert data.episode_ends.tolist() == [99, 450, 699]
     # an env spec tells: 200 steps
-    data = load_dataset(tmp_path / "arm.hdf5", env_spec="Pendulum-v1")
+    arrays["observations"] = arrays["next_observations"] = np.zeros((700, 3))
+    data = load_dataset(write_d4rl(tmp_path / "pendulum.hdf5", **arrays), env_spec="Pendulum-v1")
     assert data.episode_lengths.tolist() == [100, 200, 151, 200, 49]
     # a terminal exactly at the horizon is a terminal
     data = from_flat_arrays(**toy_arrays(8, ends=(3,)), horizon=4)
@@ -736,14 +818,18 @@ def test_arrays_bad():
         load_dataset({**arrays, "rewards": np.zeros(3)})
     with pytest.raises(ValueError, match="is empty"):
         load_dataset({key: value[:0] for key, value in arrays.items()})
+    for field in ("rewards", "terminals", "timeouts"):
+        with pytest.raises(ValueError, match=rf"`{field}` must have shape \(N,\) or \(N, 1\): got \(12, 2\)"):
+            load_dataset({**arrays, field: np.zeros((12, 2))})
     bad = arrays["observations"].copy()
     bad[6] = np.nan
     with pytest.raises(ValueError, match=r"`observations` must be finite.*nan at episode 1, step 2"):
         load_dataset({**arrays, "observations": bad})
     terminals = arrays["terminals"].astype(float)
     terminals[5] = np.nan
-    with pytest.raises(ValueError, match=r"`terminals` must hold 0 or 1.*nan at episode 1, step 1"):
-        load_dataset({**arrays, "terminals": terminals})
+    for field in ("terminals", "timeouts"):
+        with pytest.raises(ValueError, match=rf"`{field}` must hold 0 or 1.*nan at episode 1, step 1"):
+            load_dataset({**arrays, field: terminals})
     actions = arrays["actions"].copy()
     actions[4] = np.inf
     with pytest.raises(ValueError, match=r"`actions` must be finite.*inf at episode 1, step 0"):
@@ -884,16 +970,23 @@ def test_replay_buffer(n_steps: int, n_envs: int, as_dict: bool):
     assert data.action_space == WIDE and data.env_spec is None
 
 
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("n_steps", [7, 20, 33])
-def test_replay_buffer_with_optimized_memory(n_steps: int):
-    buffer = ReplayBuffer(20, OBS_SPACE, WIDE, optimize_memory_usage=True, handle_timeout_termination=False)
-    (log,) = fill(buffer, n_steps, 1)
+def test_replay_buffer_with_optimized_memory(n_steps: int, n_envs: int, as_dict: bool):
+    space: spaces.Space = spaces.Dict({"a": OBS_SPACE, "b": spaces.Box(-1e3, 1e3, (1,))}) if as_dict else OBS_SPACE
+    cls = EpisodeReplayBuffer if as_dict else ReplayBuffer  # SB3's own for Dict observations has no such option
+    settings = dict(n_envs=n_envs, optimize_memory_usage=True, handle_timeout_termination=False)
+    buffer = cls(20 * n_envs, space, WIDE, device="cpu", **settings)
+    log = fill(buffer, n_steps, n_envs, as_dict=as_dict)
     data = load_dataset(buffer)
     # the oldest step of a full ring has lost its observation; the newest next observation is still there
-    rows = log[-20:][1 if n_steps >= 20 else 0 :]
-    assert data.observations[:, 0].tolist() == [row[0] for row in rows]
-    assert data.next_observations[:, 0].tolist() == [row[0] if row[2] else row[1] for row in rows]
+    rows = [row for column in log for row in column[-20:][1 if n_steps >= 20 else 0 :]]
+    for key in ("a", "b") if as_dict else [...]:
+        assert data.observations[key][:, 0].tolist() == [row[0] for row in rows]
+        assert data.next_observations[key][:, 0].tolist() == [row[0] if row[2] else row[1] for row in rows]
     assert data.terminations.tolist() == [row[2] for row in rows]
+    assert data.rewards.tolist() == [row[4] for row in rows]
 
 
 def test_replay_buffer_refuses():

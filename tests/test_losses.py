@@ -401,6 +401,23 @@ def test_sigmas_follow_the_bounds_of_the_model() -> None:
     assert 0.1 <= sigmas.min() < 0.11
     assert 0.9 < sigmas.max() <= 1.0
     assert make_model(sigma_data=0.3)._draw_sigma(10_000).median().item() == pytest.approx(0.3, rel=0.05)
+    assert (make_model(sigma_min=0.5, sigma_max=0.5)._draw_sigma(10) == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(sigma_min=0.0), "`sigma_min` must be positive and at most `sigma_max`.*: got 0.0 and 80.0"),
+        (dict(sigma_min=-1.0), "`sigma_min` must be positive"),
+        (dict(sigma_min=math.nan), "`sigma_min` must be positive"),
+        (dict(sigma_min=2.0, sigma_max=1.0), "at most `sigma_max`.*: got 2.0 and 1.0"),
+        (dict(sigma_max=math.inf), "must be finite"),
+        (dict(sigma_data=0.0), "`sigma_data` must be positive"),
+    ],
+)
+def test_noise_levels_that_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(**settings)
 
 
 @pytest.mark.parametrize(("q_normalization", "scale"), [(None, 1.0), ("magnitude", 7.0 / 3.0), ("advantage", 4.0)])

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from algos import AlgoSpec
+from algos import ALGOS, AlgoSpec
 from conftest import image_env
 from envs import EPISODE_LENGTH, POINT_ENV, POINT_GOAL_ENV, CountingWrapper, PointGoalEnv, RandomEnv
 from gymnasium import spaces
@@ -44,8 +44,9 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_diffusion import OfflineDataset, make_env
+from sb3_diffusion import OfflineDataset, load_dataset, make_env
 from sb3_diffusion.datasets import SpacesEnv
+from sb3_diffusion.evaluation import evaluate
 
 
 def parameters(model: Any) -> list[th.Tensor]:
@@ -262,6 +263,116 @@ def test_env_without_known_environment(spec: AlgoSpec, random_dataset: Callable[
         evaluate_policy(model, model.get_env(), n_eval_episodes=1)
     model.set_env(RandomEnv(data.observation_space, data.action_space))
     model.learn(12, offline=False)
+
+
+def pendulum_rows(n_episodes: int = 3, timeouts: bool = True) -> dict[str, np.ndarray]:
+    """Episodes of 200 steps in Pendulum-v1's spaces, actions between -2 and 2."""
+    rng = np.random.default_rng(0)
+    n = 200 * n_episodes
+    rows = dict(
+        observations=rng.uniform(-1, 1, (n, 3)).astype(np.float32),
+        actions=rng.uniform(-2, 2, (n, 1)).astype(np.float32),
+        rewards=rng.normal(size=n).astype(np.float32),
+        terminals=np.zeros(n, bool),
+    )
+    return rows | ({"timeouts": np.arange(n) % 200 == 199} if timeouts else {})
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_a_bare_file_takes_what_it_does_not_tell_from_the_environment(suffix: str, tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **pendulum_rows(timeouts=False))
+    else:
+        with h5py.File(path, "w") as file:
+            for name, column in pendulum_rows(timeouts=False).items():
+                file[name] = column
+    make = ALGOS[0].make
+    models = [make("Pendulum-v1", dataset=path), make(make_vec_env("Pendulum-v1", 2), dataset=str(path)), make("Pendulum-v1")]
+    models[2].set_dataset(path)
+    datasets = [model.dataset for model in models] + [load_dataset(path, env_spec="Pendulum-v1")]
+    for dataset in datasets:
+        assert dataset.action_space == spaces.Box(-2.0, 2.0, (1,))
+        assert list(dataset.episode_lengths) == [199] * 3  # cut by the time limit; the last row has no successor
+    with pytest.raises(ValueError, match="range"):
+        load_dataset(path)
+
+
+def test_arrays_without_timeouts_are_cut_by_the_time_limit_of_the_environment() -> None:
+    rows, make = pendulum_rows(timeouts=False), ALGOS[0].make
+    for env in (
+        "Pendulum-v1",
+        gym.make("Pendulum-v1"),
+        make_vec_env("Pendulum-v1", 2),
+        VecNormalize(make_vec_env("Pendulum-v1")),
+    ):
+        assert list(make(env, dataset=rows).dataset.episode_lengths) == [199] * 3
+    longer = gym.make("Pendulum-v1", max_episode_steps=300)
+    assert list(make(longer, dataset=rows).dataset.episode_lengths) == [299, 299]
+
+
+def test_a_small_buffer_counts_when_it_is_full(
+    spec: AlgoSpec, box_dataset: OfflineDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay buffer that never holds a whole batch is drawn from once it is full."""
+    spec.need("learns_online")
+    model = spec.make(POINT_ENV, dataset=box_dataset, buffer_size=12, batch_size=16).learn(1)
+    drawn = []
+    sample = model.replay_buffer.sample
+    monkeypatch.setattr(model.replay_buffer, "sample", lambda n, **kwargs: drawn.append(n) or sample(n, **kwargs))
+    model.learn(40, offline=False)
+    assert drawn and set(drawn) == {8}
+
+
+def test_data_bring_an_env_to_a_model_without_one(spec: AlgoSpec, box_dataset: OfflineDataset, tmp_path: Path) -> None:
+    """A model that was loaded by itself gets data, and with them the environment that callbacks ask for."""
+    spec.make(make_vec_env(POINT_ENV, 2), dataset=box_dataset).save(tmp_path / "model")
+    model = spec.cls.load(tmp_path / "model", device="cpu")
+    assert model.get_env() is None
+    model.set_dataset(box_dataset)
+    assert model.get_env().num_envs == 2
+    model.learn(3, callback=[ProgressBarCallback(), StopTrainingOnMaxEpisodes(100)])
+    if "learns_online" not in spec.lacks:
+        model.learn(12, offline=False)
+
+
+def test_another_env_brings_its_data(spec: AlgoSpec, minari_ids: tuple[str, str], tmp_path: Path) -> None:
+    spec.make(POINT_ENV).save(tmp_path / "model")
+    model = spec.cls.load(tmp_path / "model", device="cpu")
+    model.set_env(make_env(minari_ids[0]))
+    assert model.dataset is not None
+    model.learn(2)
+    own = model.dataset
+    model.set_env(make_env(minari_ids[0]))
+    assert model.dataset is own  # what is attached stays
+
+
+def test_env_of_stacked_data(spec: AlgoSpec, minari_ids: tuple[str, str]) -> None:
+    """The environment that data bring stacks observations as the data do."""
+    stacked = load_dataset(minari_ids[0]).stack(3)
+    kwargs = {"n_stack": 3} if spec.name == "DiffSR" else {}
+    model = spec.make(dataset=stacked, **kwargs).learn(2)
+    assert is_vecenv_wrapped(model.get_env(), VecFrameStack)
+    assert model.get_env().observation_space == stacked.observation_space
+    evaluate_policy(model, model.get_env(), 1, warn=False)
+    with pytest.raises(ValueError, match="already"):
+        stacked.stack(2)
+
+
+def test_evaluation_in_the_training_env_begins_a_new_episode(spec: AlgoSpec) -> None:
+    """No transition joins the state before an evaluation with one after it."""
+    spec.need("learns_online")
+    env = gym.make(POINT_ENV)
+    for given in (None, env):
+        model = spec.make(env, learning_starts=10_000).learn(EPISODE_LENGTH // 2)
+        n_before = model.replay_buffer.size()
+        evaluate(model, given or model.get_env(), 1)
+        model.learn(EPISODE_LENGTH // 2, reset_num_timesteps=False)
+        buffer = model.replay_buffer
+        here, then = buffer.observations[:, 0], buffer.next_observations[:, 0]
+        inside = [np.allclose(then[i], here[i + 1]) for i in range(buffer.size() - 1)]
+        assert not inside[n_before - 1] and sum(inside) >= buffer.size() - 3
 
 
 def test_env_that_brings_its_data(spec: AlgoSpec, minari_ids: tuple[str, str]) -> None:
@@ -656,19 +767,6 @@ def test_no_improvement_stops(spec: AlgoSpec, offline: bool, box_dataset: Offlin
 def test_progress_bar(spec: AlgoSpec, offline: bool, as_callback: bool, box_dataset: OfflineDataset) -> None:
     env = make_vec_env(POINT_ENV, n_envs=2)
     model = phases(spec, box_dataset, offline, env)
-    shown = []
-
-    class Probe(BaseCallback):
-        def _on_training_end(self) -> None:
-            bars = [c for c in self.parent.callbacks if isinstance(c, ProgressBarCallback)]
-            shown.extend((bar.pbar.n, bar.pbar.total) for bar in bars)
-
-        def _on_step(self) -> bool:
-            return True
-
-    if as_callback:
-        model.learn(6, callback=ProgressBarCallback())
-        return
     bars: list[Any] = []
     from sb3_diffusion.common import base_class
 
@@ -680,8 +778,10 @@ def test_progress_bar(spec: AlgoSpec, offline: bool, as_callback: bool, box_data
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_class.TimestepProgressBar, "_on_training_end", end)
-        model.learn(6, progress_bar=True)
-        model.learn(4, progress_bar=True, reset_num_timesteps=False)
+        kwargs: Any = {"callback": CallbackList([ProgressBarCallback()])} if as_callback else {"progress_bar": True}
+        model.learn(6, **kwargs)
+        kwargs = {"callback": ProgressBarCallback()} if as_callback else {"progress_bar": True}
+        model.learn(4, reset_num_timesteps=False, **kwargs)
     assert bars == [(6, 6), (4, 4)], "timesteps, whatever n_envs"
 
 

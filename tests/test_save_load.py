@@ -21,6 +21,7 @@ from conftest import BOX_ID
 from envs import POINT_ENV, POINT_GOAL_ENV, BanditEnv, RandomEnv
 from gymnasium import spaces
 from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
@@ -29,7 +30,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_diffusion import DTQL, CosineSchedule, OfflineDataset
+from sb3_diffusion import DTQL, CosineSchedule, Diffuser, OfflineDataset
 from sb3_diffusion.common.serialization import FileFormatError, MissingObjectError, read_archive, write_archive
 from sb3_diffusion.evaluation import evaluate
 
@@ -622,15 +623,103 @@ def change_file(path: Path, kind: str, change: Callable[[dict[str, Any]], object
         lambda config: config["data"].update(learning_rate=[1]),
         lambda config: config["data"].update(policy_kwargs={"net_arch": {"pi": "wide"}}),
         lambda config: config.update(parameters={"policy": 3}),
+        lambda config: config.update(parameters="model.zip"),
+        lambda config: config["data"].update(observation_space="wide"),
+        lambda config: config["data"].update(predict=1),
+        lambda config: config.update(generators={"generator": 1}),
+        lambda config: config.update(vec_normalize="on"),
+        lambda config: config["vec_normalize"].pop("norm_obs"),
+        lambda config: config["vec_normalize"].update(venv=1),
+        lambda config: config["vec_normalize"].update(obs_rms=5),
+        lambda config: config["vec_normalize"].update(clip_obs="x"),
+        lambda config: config["vec_normalize"].update(ret_rms=None),
     ],
-    ids=["no policy class", "no action space", "rate of a list", "net of words", "no tensors"],
 )
-def test_a_file_that_makes_no_model(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
-    model = DTQL("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=[8]), buffer_size=10, device="cpu")
-    model.save(tmp_path / "model.zip")
+@pytest.mark.parametrize("env", [None, "Pendulum-v1"])
+def test_a_file_that_makes_no_model(
+    change: Callable[[dict[str, Any]], object], env: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them one that names another file, itself, in the place of its parameters."""
+    normalized = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+    model = DTQL("MlpPolicy", normalized, policy_kwargs=dict(net_arch=[8]), buffer_size=10, device="cpu")
+    monkeypatch.chdir(tmp_path)
+    model.save("model.zip")
     change_file(tmp_path / "model.zip", "model", change)
     with pytest.raises(FileFormatError):
-        DTQL.load(tmp_path / "model.zip")
+        DTQL.load("model.zip", env=env)
+
+
+def test_a_replay_file_of_another_kind_of_buffer(tmp_path: Path) -> None:
+    """A file's own class decides; it has to be the model's, and windows have to be as long."""
+    small = dict(policy_kwargs=dict(net_arch=[8]), buffer_size=10, device="cpu")
+    model = DTQL("MlpPolicy", "Pendulum-v1", **small)
+    DTQL("MlpPolicy", "Pendulum-v1", replay_buffer_class=ReplayBuffer, **small).save_replay_buffer(tmp_path / "sb3.zip")
+    with pytest.raises(ValueError, match="must be a EpisodeReplayBuffer.*holds a ReplayBuffer"):
+        model.load_replay_buffer(tmp_path / "sb3.zip")
+    model.save_replay_buffer(tmp_path / "buffer.zip")
+    change_file(tmp_path / "buffer.zip", "replay_buffer", lambda c: c.update(replay_buffer_class={"$class": "os:system"}))
+    with pytest.raises(FileFormatError, match="os:system"):
+        model.load_replay_buffer(tmp_path / "buffer.zip")
+
+    def planner(horizon: int) -> Diffuser:
+        return Diffuser("MlpPolicy", "Pendulum-v1", horizon=horizon, buffer_size=20, train_value=False, device="cpu")
+
+    planner(16).save_replay_buffer(tmp_path / "windows.zip")
+    with pytest.raises(ValueError, match="horizon=8"):
+        planner(8).load_replay_buffer(tmp_path / "windows.zip")
+
+
+def test_action_noise_has_to_be_given_back_as_an_object(tmp_path: Path) -> None:
+    class OwnNoise(NormalActionNoise):
+        pass
+
+    noise = OwnNoise(np.zeros(1), np.ones(1))
+    model = DTQL(
+        "MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=[8]), buffer_size=10, action_noise=noise, device="cpu"
+    )
+    with pytest.warns(UserWarning, match="OwnNoise"):
+        model.save(tmp_path / "model")
+    with pytest.raises(MissingObjectError, match=r"'action_noise': OwnNoise\(\.\.\.\)"):
+        DTQL.load(tmp_path / "model")
+    for wrong in (OwnNoise, 5):
+        with pytest.raises(TypeError, match="must be an ActionNoise object"):
+            DTQL.load(tmp_path / "model", custom_objects={"action_noise": wrong})
+    assert DTQL.load(tmp_path / "model", custom_objects={"action_noise": noise}).action_noise is noise
+
+
+def test_bare_arrays_take_their_spaces_from_the_file(spec: AlgoSpec, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = dict(
+        observations=rng.normal(size=(60, 3)).astype(np.float32),
+        actions=rng.uniform(-2.0, 2.0, (60, 1)).astype(np.float32),
+        rewards=np.zeros(60, np.float32),
+        terminals=np.arange(60) % 20 == 19,
+    )
+    spec.make("Pendulum-v1").save(tmp_path / "model")
+    loaded = spec.cls.load(tmp_path / "model", dataset=rows, device="cpu")
+    assert loaded.dataset.action_space == spaces.Box(-2.0, 2.0, (1,))
+    loaded.learn(1)
+
+
+@pytest.mark.parametrize("n_first", [4, 8, 20])
+def test_exact_resume_online_of_a_run_that_a_callback_stopped(spec: AlgoSpec, n_first: int, tmp_path: Path) -> None:
+    """While actions are random still, and after; the step at which the callback stops is learned from."""
+    spec.need("learns_online", "stateless")
+
+    def make() -> Any:
+        return spec.make(DummyVecEnv([lambda: gym.make(POINT_ENV)]), seed=5)
+
+    whole = make().learn(30)
+    stopped = make()
+    stopped.learn(30, callback=lambda local, _: stopped.num_timesteps < n_first)
+    assert stopped.num_timesteps == stopped.replay_buffer.size() == n_first
+    stopped.save(tmp_path / "model")
+    stopped.save_replay_buffer(tmp_path / "buffer")
+    resumed = spec.cls.load(tmp_path / "model", env=stopped.get_env(), force_reset=False, device="cpu")
+    resumed.load_replay_buffer(tmp_path / "buffer")
+    resumed.learn(30 - n_first, reset_num_timesteps=False)
+    np.testing.assert_array_equal(resumed.replay_buffer.actions[:30], whole.replay_buffer.actions[:30])
+    assert_equal_models(resumed, whole)
 
 
 def test_a_replay_file_that_makes_no_buffer(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import torch as th
 from envs import POINT_ENV
 
 import sb3_diffusion
-from sb3_diffusion import DTQL
+from sb3_diffusion import DTQL, OfflineDataset
 from sb3_diffusion.cli import main
+from sb3_diffusion.datasets import write_dataset
 from sb3_diffusion.sweep import SweepResults, SweepSettings, resume_sweep, run_sweep
 from sb3_diffusion.sweep.settings import parse_params
 
@@ -277,6 +278,30 @@ def test_mistakes_show_before_anything_runs(change: dict[str, Any], message: str
     with pytest.raises(ValueError, match=message):
         run_sweep(SweepSettings(**{"algos": ["dtql"], "datasets": [None], "steps": 10, **change}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_are_whole_for_trials_in_other_folders(
+    box_dataset: OfflineDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and memory-mapped folders; an id stays one, even where a folder of that name lies."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(box_dataset, "log.npz")
+    write_dataset(box_dataset, "log.mmap")
+    (tmp_path / "minari").mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    write_dataset(box_dataset, "minari/log-v0")
+    started: list[SweepSettings] = []
+
+    class Tune:
+        @staticmethod
+        def fit(settings: SweepSettings, *args: Any) -> SweepResults:
+            started.append(settings)
+            return SweepResults([], [])
+
+    monkeypatch.setattr("sb3_diffusion.sweep.running._ray_tune", lambda: Tune)
+    run_sweep(SweepSettings(["dtql"], ["log.npz", "log.mmap", "minari/log-v0"], env=f"envs:{POINT_ENV}"), "out")
+    assert started[0].datasets == [str(tmp_path / "log.npz"), str(tmp_path / "log.mmap"), "minari/log-v0"]
+    assert json.loads(Path("out/sweep.json").read_text())["datasets"] == started[0].datasets
 
 
 def test_resume_without_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

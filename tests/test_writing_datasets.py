@@ -1,5 +1,7 @@
 """Datasets into files and back: equality of everything through the real writers and readers."""
 
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +64,7 @@ DATASETS: dict[str, Callable[[], OfflineDataset]] = {
     "dict": lambda: make(spaces.Dict({"a.b": spaces.Box(-1.0, 1.0, (2, 2)), "n": spaces.Discrete(4, start=1)}), ACTIONS),
     "images": lambda: make(spaces.Box(0, 255, (36, 40, 3), np.uint8), ACTIONS),
     "bits": lambda: make(spaces.Dict({"m": spaces.MultiBinary(3), "d": spaces.MultiDiscrete([2, 5])}), ACTIONS),
+    "starts": lambda: make(spaces.MultiDiscrete([[2, 5], [3, 4]], np.int32, start=[[1, -3], [0, 7]]), ACTIONS),
 }
 
 
@@ -85,6 +88,28 @@ def test_round_trips(kind: str):
     for target in (*TARGETS, "again.hdf5"):
         dataset = load_dataset(write_dataset(dataset, target))
         assert_equal(dataset, expected)
+
+
+def test_types_of_discrete_spaces_come_back():
+    """Not from Minari, which takes all Discrete ones for int64."""
+    if "dtype" not in inspect.signature(spaces.Discrete).parameters:
+        pytest.skip("this version of Gymnasium has int64 alone")
+    dataset = make(spaces.Dict({"n": spaces.Discrete(4, start=1, dtype=np.int32)}), ACTIONS)
+    for target in TARGETS[:3]:
+        found = load_dataset(write_dataset(dataset, target)).observation_space
+        assert found == dataset.observation_space and found["n"].dtype == np.int32
+
+
+def test_descriptions_without_starts_and_types_are_read():
+    """As the first files have them."""
+    dataset = DATASETS["bits"]()
+    write_dataset(dataset, "log.mmap")
+    file = Path("log.mmap/dataset.json")
+    description = json.loads(file.read_text())
+    part = description["observation_space"]["spaces"]["d"]
+    del part["start"], part["dtype"]
+    file.write_text(json.dumps(description))
+    assert_equal(load_dataset("log.mmap"), dataset)
 
 
 def test_layout_of_the_hdf5_file(tmp_path: Path):

@@ -19,6 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_diffusion.common.model_file import saved_class_name
 from sb3_diffusion.common.utils import policy_alias
+from sb3_diffusion.datasets.env_specs import register_robotics
 from sb3_diffusion.evaluation import EvaluationResult, bootstrap_interval
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def load_data(source: str, env_id: str | None = None) -> OfflineDataset:
 
     known: dict[str, Any] = {}
     if env_id is not None:
+        register_robotics(env_id)
         env = gym.make(env_id)
         known = {"env_spec": env.spec, "observation_space": env.observation_space, "action_space": env.action_space}
         env.close()
@@ -114,6 +116,7 @@ def policy_for(data: OfflineDataset | None, env_id: str | None) -> str:
     if data is not None:
         return policy_alias(data.observation_space)
     assert env_id is not None
+    register_robotics(env_id)
     env = gym.make(env_id)
     env.close()
     return policy_alias(env.observation_space)
@@ -180,9 +183,20 @@ def load_model(path: Path, algo: str | None, **kwargs: Any) -> OfflineAlgorithm:
     :return: the model
     :raises FileNotFoundError: if there is no such file
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no model file {path}.")
+    path = model_path(path)
     return find_algorithm(algo or saved_class_name(path)).load(path, **kwargs)
+
+
+def model_path(path: Path) -> Path:
+    """
+    :param path: of a model file, with or without ``.zip``
+    :return: the file
+    :raises FileNotFoundError: if there is no such file
+    """
+    for candidate in (path, path.with_name(f"{path.name}.zip")):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"There is no model file {path}.")
 
 
 def headless() -> None:
@@ -228,8 +242,7 @@ def print_comparison(data: OfflineDataset | None, result: EvaluationResult, labe
 
     if data is not None:
         returns = data.episode_returns
-        has_scores = data.ref_min_score is not None and data.ref_max_score is not None
-        scores = np.asarray(data.normalized_score(returns)) if has_scores else None
+        scores = np.asarray(data.normalized_score(returns)) if data.has_reference_scores else None
         add("behaviour (the data)", returns, scores)
         best = int(np.argmax(returns))
         add("its best episode", returns[best : best + 1], None if scores is None else scores[best : best + 1])

@@ -21,6 +21,7 @@ from sb3_diffusion.cli.shared import (
     find_algorithm,
     load_data,
     make_model,
+    model_path,
     policy_for,
     print_comparison,
     read_changes,
@@ -175,8 +176,7 @@ def train(
     }
     commands: list[str] = []
     if resume is not None:
-        if not resume.is_file():
-            raise FileNotFoundError(f"There is no file {resume} to go on from.")
+        resume = model_path(resume)
         if preset is not None or set:
             raise ValueError("--preset and --set are for new models; one that is resumed has its settings in its file.")
         before = read_settings(resume)

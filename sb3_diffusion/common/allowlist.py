@@ -39,6 +39,9 @@ SLOT_BASES: dict[str, type] = {
     "noise_class": ActionNoise,
 }
 
+#: Slot -> base class of the object, and not of a class, that belongs there.
+INSTANCE_BASES: dict[str, type] = {"action_noise": ActionNoise}
+
 #: Packages whose modules may be imported because a file names a class in them.
 IMPORTABLE_PACKAGES = ("torch.nn", "torch.optim", "stable_baselines3")
 #: Packages whose modules are looked up among those already imported, never imported because of a file.
@@ -73,7 +76,9 @@ class MissingObjectError(FileFormatError):
     def __init__(self, missing: "list[MissingObject]") -> None:
         self.missing = missing
         listing = ", ".join(f"{name} (at {slot!r})" for slot, name in missing)
-        example = ", ".join(f"{slot!r}: {simple_name(name)}" for slot, name in missing)
+        example = ", ".join(
+            f"{slot!r}: {simple_name(name)}{'(...)' if slot_name(slot) in INSTANCE_BASES else ''}" for slot, name in missing
+        )
         super().__init__(
             f"The file names objects without holding them, because a file brings no code of its own: {listing}. "
             f"Pass them to the loading call: custom_objects={{{example}}}."

@@ -10,9 +10,9 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import (
@@ -22,18 +22,27 @@ from stable_baselines3.common.type_aliases import (
     TrainFreq,
     TrainFrequencyUnit,
 )
-from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.utils import configure_logger, should_collect_more_steps
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer, concat_samples
 from sb3_diffusion.common.compilation import COMPILE_CHOICES, PRECISIONS, autocast
 from sb3_diffusion.common.distributed import n_processes, own_rows, own_share, process_rank, take_from_first
 from sb3_diffusion.common.policies import DiffusionPolicy
+from sb3_diffusion.common.savable import made_env
 from sb3_diffusion.common.utils import check_choice, check_range
 from sb3_diffusion.common.vec_normalize import fit_vec_normalize, is_unused
 from sb3_diffusion.common.watched import WatchedAlgorithm
-from sb3_diffusion.datasets import OfflineDataset, SpacesEnv, find_dataset, load_dataset, make_dataset_env
+from sb3_diffusion.datasets import (
+    OfflineDataset,
+    SpacesEnv,
+    find_dataset,
+    load_dataset,
+    load_dataset_for,
+    make_dataset_env,
+    time_limit,
+)
 
 SelfOfflineAlgorithm = TypeVar("SelfOfflineAlgorithm", bound="OfflineAlgorithm")
 
@@ -59,6 +68,19 @@ class TimestepProgressBar(ProgressBarCallback):
         self.pbar.update(self.num_timesteps - self._shown)
         self._shown = self.num_timesteps
         return True
+
+
+def _counting_timesteps(callback: BaseCallback) -> BaseCallback:
+    """SB3's own progress bar, which adds ``n_envs`` at each step, is replaced, in lists too; all else stays."""
+    if isinstance(callback, CallbackList):
+        callback.callbacks = [_counting_timesteps(each) for each in callback.callbacks]
+    return TimestepProgressBar() if type(callback) is ProgressBarCallback else callback
+
+
+def _vec_env_of(dataset: OfflineDataset, n_envs: int = 1) -> VecEnv:
+    """The environment of logged data, that many times; observations are stacked as in the data."""
+    env = make_vec_env(lambda: make_dataset_env(dataset), n_envs)
+    return env if dataset.n_stack == 1 else VecFrameStack(env, dataset.n_stack)
 
 
 class OfflineAlgorithm(WatchedAlgorithm):
@@ -160,11 +182,14 @@ class OfflineAlgorithm(WatchedAlgorithm):
         check_choice("compile", compile, COMPILE_CHOICES)
         check_choice("precision", precision, PRECISIONS)
         if env is not None:
-            env = maybe_make_env(env, verbose)
-            data = self._load_dataset(dataset, env) if dataset is not None else find_dataset(env)
+            env = made_env(env, verbose)
+            if dataset is None:
+                data = find_dataset(env)
+            else:
+                data = load_dataset_for(dataset, env.observation_space, env.action_space, time_limit(env))
         else:
             data = load_dataset(dataset) if dataset is not None else None
-            env = make_dataset_env(data) if data is not None else None
+            env = _vec_env_of(data) if data is not None else None
         super().__init__(
             policy=policy,
             env=env,  # type: ignore[arg-type]
@@ -262,6 +287,8 @@ class OfflineAlgorithm(WatchedAlgorithm):
     def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
         super().set_env(env, force_reset)
         self._check_single_normalization()
+        if self.dataset is None and (data := find_dataset(self.env)) is not None:
+            self.set_dataset(data)
 
     def _setup_model(self) -> None:
         if not hasattr(self, "observation_space"):
@@ -359,23 +386,12 @@ class OfflineAlgorithm(WatchedAlgorithm):
 
     # ---------------------------------------------------------------- data
 
-    @staticmethod
-    def _load_dataset(source: Any, env: gym.Env | VecEnv) -> OfflineDataset:
-        """Read ``source``; what bare arrays do not tell of their spaces is taken from the environment."""
-        known: dict[str, Any] = {}
-        if isinstance(source, Mapping):
-            known["action_space"] = env.action_space
-            space = env.observation_space
-            if isinstance(space, spaces.Dict) or np.shape(source.get("observations", ()))[1:] == space.shape:
-                known["observation_space"] = space
-        return load_dataset(source, **known)
-
     def set_dataset(self, dataset: Any) -> None:
         """
         Attach logged data, in place of any attached before.
 
         Frozen normalisation statistics of a policy without updates, and those of a ``VecNormalize`` that has seen no
-        step, are fitted to the data.
+        step, are fitted to the data. A model without an environment gets that of the data.
 
         :param dataset: any source of [load_dataset][sb3_diffusion.load_dataset]; None detaches
         :raises ValueError: if its spaces do not match the model's
@@ -384,13 +400,15 @@ class OfflineAlgorithm(WatchedAlgorithm):
             self.dataset = self.dataset_buffer = None
             self._offline = False
             return
-        data = self._load_dataset(dataset, self)  # type: ignore[arg-type]
+        data = load_dataset_for(dataset, self.observation_space, self.action_space, time_limit(self.env))
         data.check_spaces(self.observation_space, self.action_space)
         self.dataset_buffer = self.buffer_class.from_dataset(
             data, self.observation_space, self.action_space, device=self.device, **self._buffer_arguments()
         )
         self.dataset = data
         self._offline = True
+        if self.env is None:
+            self.set_env(_vec_env_of(data, self.n_envs))
         self._fit_reward_transform(data)
         if self._vec_normalize_env is not None and is_unused(self._vec_normalize_env):
             fit_vec_normalize(self._vec_normalize_env, data)
@@ -437,7 +455,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
         assert buffer is not None
         if isinstance(buffer, HerReplayBuffer) and not np.any(buffer.ep_length > 0):
             return False
-        return buffer.size() * buffer.n_envs >= batch_size
+        return buffer.full or buffer.size() * buffer.n_envs >= batch_size
 
     # ---------------------------------------------------------------- learning
 
@@ -588,12 +606,35 @@ class OfflineAlgorithm(WatchedAlgorithm):
                 replay_buffer=self.replay_buffer,  # type: ignore[arg-type]
                 log_interval=log_interval,
             )
-            if not rollout.continue_training:
+            if not rollout.continue_training and not self._finish_step(callback.locals):
                 break
             n_updates = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
             if n_updates > 0 and self.num_timesteps > first_update:
                 self.train(gradient_steps=n_updates, batch_size=own_share(self.batch_size))
+            if not rollout.continue_training:
+                break
         callback.on_training_end()
+
+    def _finish_step(self, rollout: dict[str, Any]) -> bool:
+        """
+        SB3 leaves a rollout that a callback stops before it stores the step that was just made. Store it, so that what goes
+        on later begins where the environment stands.
+
+        :param rollout: what the callback was told of it
+        :return: whether the rollout had come to its end with this step, and its updates are due
+        """
+        infos, dones = rollout["infos"], rollout["dones"]
+        self._update_info_buffer(infos, dones)
+        self._store_transition(
+            rollout["replay_buffer"], rollout["buffer_actions"], rollout["new_obs"], rollout["rewards"], dones, infos
+        )
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+        ended = np.flatnonzero(dones)
+        self._episode_num += len(ended)
+        if self.action_noise is not None and len(ended):
+            self.action_noise.reset(**({"indices": ended} if self.n_envs > 1 else {}))
+        n_episodes = rollout["num_collected_episodes"] + len(ended)
+        return not should_collect_more_steps(rollout["train_freq"], rollout["num_collected_steps"], n_episodes)
 
     def _setup_learn_offline(
         self,
@@ -621,12 +662,11 @@ class OfflineAlgorithm(WatchedAlgorithm):
         return total_timesteps, self._init_callback(callback, progress_bar)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        converted = super()._init_callback(callback)
-        if not progress_bar:
-            return converted
-        with_bar = CallbackList([converted, TimestepProgressBar()])
-        with_bar.init_callback(self)
-        return with_bar
+        converted = _counting_timesteps(super()._init_callback(callback))
+        if progress_bar:
+            converted = CallbackList([converted, TimestepProgressBar()])
+        converted.init_callback(self)
+        return converted
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         """Progress of the main phase: learning-rate schedules stand still during pretraining."""

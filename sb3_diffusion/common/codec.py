@@ -27,6 +27,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
 from sb3_diffusion.common.allowlist import (
+    INSTANCE_BASES,
     SLOT_BASES,
     FileFormatError,
     MissingObject,
@@ -396,6 +397,9 @@ class Decoder:
             raise _CustomObjectTypeError(
                 f"custom_objects[{key!r}] must be a subclass of {base.__module__}.{base.__qualname__}, got {value!r}."
             )
+        instance_of = INSTANCE_BASES.get(slot_name(slot))
+        if instance_of is not None and value is not None and not isinstance(value, instance_of):
+            raise _CustomObjectTypeError(f"custom_objects[{key!r}] must be an {instance_of.__name__} object, got {value!r}.")
         return value
 
     def _decode(self, obj: Any, slot: str) -> Any:

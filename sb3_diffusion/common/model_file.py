@@ -4,7 +4,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.utils import get_system_info
 
@@ -26,6 +29,14 @@ if TYPE_CHECKING:
 KIND = "model"
 ESSENTIAL = ("policy_class", "observation_space", "action_space", "verbose")
 """Attributes that loading begins with."""
+VEC_NORMALIZE: dict[str, Any] = {
+    **dict.fromkeys(("norm_obs", "norm_reward", "training"), bool),
+    **dict.fromkeys(("clip_obs", "clip_reward", "gamma", "epsilon"), (int, float)),
+    "norm_obs_keys": (list, type(None)),
+    "obs_rms": (RunningMeanStd, dict, type(None)),
+    "ret_rms": RunningMeanStd,
+}
+"""What is kept of a ``VecNormalize``, and of which kinds it is."""
 
 
 class ModelFile(NamedTuple):
@@ -94,7 +105,56 @@ def read_model(
     if missing:
         raise FileFormatError(f"The file lacks {', '.join(missing)}, so that it does not describe a model: save it again.")
     rest = {name: archive.config.get(name) for name in ("parameters", "generators", "vec_normalize")}
-    return ModelFile(data, **decoder.decode_all(rest))
+    file = ModelFile(data, **decoder.decode_all(rest))
+    _check(cls, file)
+    return file
+
+
+def _check(cls: type, file: ModelFile) -> None:
+    """
+    :param cls: class to load
+    :param file: its decoded contents
+    :raises FileFormatError: if a value is of a kind that it cannot be, or would hide a method of the class
+    """
+    data = file.data
+    for name, kind in (("observation_space", spaces.Space), ("action_space", spaces.Box), ("verbose", int)):
+        _require(name, data[name], kind)
+    hidden = [name for name in data if callable(getattr(cls, name, None))]
+    if hidden:
+        raise FileFormatError(f"The file holds values for {', '.join(sorted(hidden))}, which are methods: refused.")
+    _check_parameters(file.parameters)
+    _require("generators", file.generators, dict)
+    for name, generator in file.generators.items():
+        _require(f"generators.{name}", generator, th.Tensor)
+    state = file.vec_normalize
+    if state is None:
+        return
+    _require("vec_normalize", state, dict)
+    if set(state) != set(VEC_NORMALIZE):
+        raise FileFormatError(f"`vec_normalize` must hold {sorted(VEC_NORMALIZE)}: the file has {sorted(map(str, state))}.")
+    for name, kinds in VEC_NORMALIZE.items():
+        _require(f"vec_normalize.{name}", state[name], kinds)
+    observed = state["obs_rms"]
+    for statistics in [*(observed.values() if isinstance(observed, dict) else [observed]), state["ret_rms"]]:
+        if statistics is None and not state["norm_obs"]:
+            continue
+        moments = [getattr(statistics, name, None) for name in ("mean", "var")]
+        if not isinstance(statistics, RunningMeanStd) or not all(
+            np.issubdtype(np.asarray(m).dtype, np.floating) for m in moments
+        ):
+            raise FileFormatError("`vec_normalize` holds no running mean and variance: the file is damaged or foreign.")
+
+
+def _require(name: str, value: Any, kinds: Any) -> None:
+    if not isinstance(value, kinds):
+        raise FileFormatError(f"`{name}` cannot be a {type(value).__name__}, as it is in the file: it is damaged or foreign.")
+
+
+def _check_parameters(parameters: Any) -> None:
+    """Whether these are state dicts by name; a string would be taken for the path of another file."""
+    _require("parameters", parameters, dict)
+    for name, state in parameters.items():
+        _require(f"parameters.{name}", state, dict)
 
 
 @contextmanager
@@ -131,7 +191,9 @@ def read_parameters(path: PathOrFile) -> dict[str, TensorDict]:
     :return: state dicts of networks and optimisers by name
     """
     archive = read_archive(existing_path(path), KIND)
-    return Decoder(archive.tensors).decode(archive.config.get("parameters"), "parameters")
+    parameters = Decoder(archive.tensors).decode(archive.config.get("parameters"), "parameters")
+    _check_parameters(parameters)
+    return parameters
 
 
 def _print_system_info(archive: Archive) -> None:

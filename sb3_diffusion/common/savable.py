@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch as th
@@ -14,14 +15,25 @@ from stable_baselines3.common.vec_env import DummyVecEnv, unwrap_vec_normalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffusion.buffers import EpisodeReplayBuffer
+from sb3_diffusion.common.allowlist import full_name
 from sb3_diffusion.common.archive import with_suffix
 from sb3_diffusion.common.model_file import described_by, read_model, read_parameters, write_model
 from sb3_diffusion.common.serialization import PathOrFile, load_replay_buffer, save_replay_buffer
 from sb3_diffusion.common.utils import process_randomness_kept
 from sb3_diffusion.common.vec_normalize import vec_normalize_state, wrap_vec_normalize
-from sb3_diffusion.datasets import SpacesEnv
+from sb3_diffusion.datasets import SpacesEnv, load_dataset_for
+from sb3_diffusion.datasets.env_specs import register_robotics
 
 SelfSavableAlgorithm = TypeVar("SelfSavableAlgorithm", bound="SavableAlgorithm")
+
+
+def made_env(env: GymEnv | str, verbose: int) -> GymEnv:
+    """SB3's ``maybe_make_env``; the environments of gymnasium-robotics are known by their ids too."""
+    if isinstance(env, str):
+        register_robotics(env)
+    made = maybe_make_env(env, verbose)
+    assert made is not None
+    return made
 
 
 class SavableAlgorithm(OffPolicyAlgorithm):
@@ -49,7 +61,7 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :param env: Gymnasium env, VecEnv or id
         :param force_reset: reset it before the next rollout
         """
-        wrapped = self._wrap_env(maybe_make_env(env, self.verbose), self.verbose)
+        wrapped = self._wrap_env(made_env(env, self.verbose), self.verbose)
         if self.env is None and self._vec_normalize_env is not None:
             wrapped = wrap_vec_normalize(wrapped, vec_normalize_state(self._vec_normalize_env))
         super().set_env(wrapped, force_reset)
@@ -122,8 +134,10 @@ class SavableAlgorithm(OffPolicyAlgorithm):
                 f"`policy_kwargs` must equal the saved ones, {saved_policy_kwargs}: got {kwargs['policy_kwargs']}. "
                 "Leave them out, or build a new model and take the parameters over by `set_parameters`."
             )
+        if dataset is not None:
+            dataset = load_dataset_for(dataset, data["observation_space"], data["action_space"])
         if env is not None:
-            env = cls._wrap_env(maybe_make_env(env, data["verbose"]), data["verbose"])
+            env = cls._wrap_env(made_env(env, data["verbose"]), data["verbose"])
             check_for_correct_spaces(env, data["observation_space"], data["action_space"])
             if file.vec_normalize is not None:
                 env = wrap_vec_normalize(env, file.vec_normalize)
@@ -138,8 +152,10 @@ class SavableAlgorithm(OffPolicyAlgorithm):
                 model._carry_vec_normalize(file.vec_normalize, data["observation_space"], data["action_space"])
             vars(model).update(data)
             vars(model).update(kwargs)
+            sampled_from = deepcopy(model.action_space)
             with described_by():
                 model._setup_model()
+            model.action_space = sampled_from  # its generator stands where it was saved, and not at the seed
         with described_by():
             model.set_parameters(file.parameters, exact_match=True, device=device)
             for name, generator in model.generators().items():
@@ -191,10 +207,20 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :param path: path or binary file object, as given to ``save_replay_buffer``
         :param truncate_last_traj: take the last trajectory as ended (``HerReplayBuffer``; the default buffer's ends when
             ``learn`` resets the environment)
-        :raises ValueError: if it was filled from other spaces or another number of environments
+        :raises ValueError: if it is of another class than the model's, was filled from other spaces or another number of
+            environments, or holds windows of another length
         """
-        custom = {"replay_buffer_class": self.replay_buffer_class} if self.replay_buffer_class is not None else None
-        buffer = load_replay_buffer(path, device=self.device, custom_objects=custom)
+        own = type(self.replay_buffer)
+        buffer = load_replay_buffer(path, device=self.device, custom_objects={full_name(own): own})
+        if type(buffer) is not own:
+            raise ValueError(
+                f"The replay buffer must be a {own.__name__}, as the model's: the file holds a {type(buffer).__name__}. Build "
+                f"the model with `replay_buffer_class={type(buffer).__name__}`."
+            )
+        for name in getattr(own, "required_arguments", ()):
+            ours, theirs = getattr(self.replay_buffer, name), getattr(buffer, name)
+            if ours != theirs:
+                raise ValueError(f"The replay buffer must have `{name}={ours}`, as the model's: the file's has {theirs}.")
         if (buffer.observation_space, buffer.action_space) != (self.observation_space, self.action_space):
             raise ValueError(
                 f"The replay buffer must hold {self.observation_space} and {self.action_space}, as the model: it holds "

@@ -32,10 +32,22 @@ def fit_vec_normalize(env: VecNormalize, dataset: OfflineDataset) -> None:
 
     :param env: normalising wrapper
     :param dataset: logged data in env units
+    :raises ValueError: if the wrapper sees observations of another shape than the data has, and is then left as it was
     """
-    for key, statistics in _observation_statistics(env).items():
-        observations: Any = dataset.observations if key is None else dataset.observations[key]
-        _set_statistics(statistics, observations)
+    observations: Any = dataset.observations
+    pairs = [
+        (statistics, observations if key is None else observations[key])
+        for key, statistics in _observation_statistics(env).items()
+    ]
+    for statistics, values in pairs:
+        if statistics.mean.shape != values.shape[1:]:
+            raise ValueError(
+                f"The `VecNormalize` must see observations as the data has them, of shape {values.shape[1:]}: got "
+                f"{statistics.mean.shape}. Let it stand outside of wrappers that change their shape: "
+                "VecNormalize(VecFrameStack(env)), not VecFrameStack(VecNormalize(env))."
+            )
+    for statistics, values in pairs:
+        _set_statistics(statistics, values)
     if env.norm_reward:
         _set_statistics(env.ret_rms, _running_returns(dataset, env.gamma))
 
@@ -70,8 +82,9 @@ def vec_normalize_state(env: VecNormalize) -> dict[str, Any]:
 
 def wrap_vec_normalize(env: VecEnv, state: dict[str, Any]) -> VecEnv:
     """
-    Carry saved settings and statistics to an environment: into a new ``VecNormalize`` around it, or into one that it has
-    and that has seen no step. One with statistics of its own is left as it is.
+    Carry a saved ``VecNormalize`` to an environment: settings and statistics into a new one around it, or the statistics
+    alone into one that it has and that has seen no step, which keeps its own settings. One with statistics of its own is
+    left as it is.
 
     :param env: vectorised env with the same spaces
     :param state: what [vec_normalize_state][sb3_diffusion.common.vec_normalize.vec_normalize_state] returned

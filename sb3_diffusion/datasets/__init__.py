@@ -8,8 +8,9 @@ from sb3_diffusion.datasets.environments import (
     find_dataset,
     make_dataset_env,
     make_env,
+    time_limit,
 )
-from sb3_diffusion.datasets.loading import load_dataset
+from sb3_diffusion.datasets.loading import load_dataset, load_dataset_for
 from sb3_diffusion.datasets.memory_mapped import MemoryMappedWriter, load_memory_mapped
 from sb3_diffusion.datasets.minari_dataset import load_minari, load_minari_parts
 from sb3_diffusion.datasets.offline_dataset import Episode, OfflineDataset
@@ -33,11 +34,13 @@ __all__ = [
     "load_arrays",
     "load_d4rl",
     "load_dataset",
+    "load_dataset_for",
     "load_memory_mapped",
     "load_minari",
     "load_minari_parts",
     "make_dataset_env",
     "make_env",
+    "time_limit",
     "write_arrays",
     "write_d4rl",
     "write_dataset",

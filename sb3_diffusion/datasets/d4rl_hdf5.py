@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +18,9 @@ from sb3_diffusion.datasets.numpy_files import read_npz
 from sb3_diffusion.datasets.offline_dataset import (
     Observations,
     OfflineDataset,
+    as_column,
+    check_flags,
+    count_rows,
     flatten_observation_space,
     flatten_observations,
 )
@@ -29,6 +32,18 @@ HDF5_SUFFIXES = (".hdf5", ".h5")
 ARRAYS_SUFFIX = ".npz"
 # Rows moved together.
 _CHUNK = 65_536
+
+
+class EnvironmentFacts(NamedTuple):
+    """What an environment knows and bare arrays do not tell; None where it does not know it, or where it does not fit."""
+
+    observation_space: spaces.Space | None
+    action_space: spaces.Space | None
+    max_episode_steps: int | None
+
+
+AskEnvironment = Callable[[Observations], EnvironmentFacts]
+"""Called with the observations of the data."""
 
 
 def d4rl_folder() -> Path:
@@ -61,6 +76,7 @@ def load_d4rl(
     observation_space: spaces.Space | None = None,
     action_space: spaces.Space | None = None,
     clip_actions: bool = False,
+    ask_environment: AskEnvironment | None = None,
 ) -> OfflineDataset:
     """
     Read a file in D4RL's layout (see ``from_flat_arrays`` for its fields and how episodes are cut).
@@ -73,6 +89,7 @@ def load_d4rl(
     :param observation_space: unbounded Box by default
     :param action_space: Box from -1 to 1 by default
     :param clip_actions: clip actions outside of the action space instead of refusing them
+    :param ask_environment: see ``from_flat_arrays``
     :return: the flat dataset
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is not in D4RL's layout, or its data is bad
@@ -106,28 +123,28 @@ def load_d4rl(
         description = child(file, HDF5_KEY).asstr()[()] if HDF5_KEY in file else None
     if description is not None:
         known = read_description(description, file_path)
-        return _described(observations, arrays, known, env_spec, observation_space, action_space, clip_actions)
+        return _described(
+            observations, arrays, known, env_spec, observation_space, action_space, clip_actions, ask_environment
+        )
 
     scores = d4rl_scores(name)
     if env_spec is None and isinstance(observations, np.ndarray) and arrays["actions"].ndim == 2:
         env_id = d4rl_env_id(name, observations.shape[-1], arrays["actions"].shape[-1])
         env_spec = None if env_id is None else gym.spec(env_id)
-    horizon = d4rl_horizon(name)
-    if horizon is None and env_spec is not None:
-        horizon = env_spec.max_episode_steps
     return from_flat_arrays(
         observations,
         **arrays,
         observation_space=observation_space,
         action_space=action_space,
         env_spec=env_spec,
-        horizon=horizon,
+        horizon=d4rl_horizon(name),
         ref_min_score=None if scores is None else scores.ref_min_score,
         ref_max_score=None if scores is None else scores.ref_max_score,
         score_label=None if scores is None else D4RL_LABEL,
         name=name,
         clip_actions=clip_actions,
         copy=False,
+        ask_environment=ask_environment,
     )
 
 
@@ -138,6 +155,7 @@ def load_arrays(
     observation_space: spaces.Space | None = None,
     action_space: spaces.Space | None = None,
     clip_actions: bool = False,
+    ask_environment: AskEnvironment | None = None,
 ) -> OfflineDataset:
     """
     Read a ``.npz`` file with D4RL's names (see ``from_flat_arrays``); entries of Dict observations are called
@@ -148,6 +166,7 @@ def load_arrays(
     :param observation_space: unbounded Box by default, or what the file tells
     :param action_space: Box from -1 to 1 by default, or what the file tells
     :param clip_actions: clip actions outside of the action space instead of refusing them
+    :param ask_environment: see ``from_flat_arrays``
     :return: the flat dataset
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is no such file, or its data is bad
@@ -162,7 +181,8 @@ def load_arrays(
     if missing:
         raise ValueError(f"{path} must hold {', '.join(_REQUIRED)}: {', '.join(missing)} missing, got {sorted(columns)}.")
     arrays = {key: columns.get(key) for key in (*_REQUIRED[1:], "timeouts", "next_observations")}
-    return _described(columns["observations"], arrays, known, env_spec, observation_space, action_space, clip_actions)
+    observations = columns["observations"]
+    return _described(observations, arrays, known, env_spec, observation_space, action_space, clip_actions, ask_environment)
 
 
 def _described(
@@ -173,6 +193,7 @@ def _described(
     observation_space: spaces.Space | None,
     action_space: spaces.Space | None,
     clip_actions: bool,
+    ask_environment: AskEnvironment | None,
 ) -> OfflineDataset:
     """
     :param observations: array or dict of arrays
@@ -182,11 +203,14 @@ def _described(
     :param observation_space: given by the user
     :param action_space: given by the user
     :param clip_actions: see ``from_flat_arrays``
+    :param ask_environment: see there
     :return: the flat dataset
     """
     given = {"env_spec": env_spec, "observation_space": observation_space, "action_space": action_space}
     settings = {**known, **{key: value for key, value in given.items() if value is not None}}
-    return from_flat_arrays(observations, **arrays, **settings, clip_actions=clip_actions, copy=False)
+    return from_flat_arrays(
+        observations, **arrays, **settings, clip_actions=clip_actions, copy=False, ask_environment=ask_environment
+    )
 
 
 def from_flat_arrays(
@@ -207,6 +231,7 @@ def from_flat_arrays(
     name: str = "",
     clip_actions: bool = False,
     copy: bool = True,
+    ask_environment: AskEnvironment | None = None,
 ) -> OfflineDataset:
     """
     Make episodes of D4RL's flat arrays.
@@ -233,26 +258,41 @@ def from_flat_arrays(
     :param name: see there
     :param clip_actions: see there
     :param copy: False saves memory where rows must be dropped: the arrays given are then overwritten
+    :param ask_environment: tells, of an environment, what nothing above tells: spaces and time limit. It is given the
+        observations, and asked only where something is missing
     :return: the flat dataset
     :raises ValueError: on bad data, or if the action space cannot be told from the data
     :raises TypeError: on discrete actions
     """
-    observations, next_observations = flatten_observations(observations), _none_or(flatten_observations, next_observations)
-    actions, rewards, terminals = np.asarray(actions), _column(rewards), _column(terminals)
-    timeouts = _none_or(_column, timeouts)
-    n_rows = _check_rows(observations, next_observations, actions, rewards, terminals, timeouts)
+    observations = flatten_observations(observations)
+    next_observations = None if next_observations is None else flatten_observations(next_observations)
+    actions, rewards, terminals = np.asarray(actions), as_column(rewards, "rewards"), as_column(terminals, "terminals")
+    timeouts = None if timeouts is None else as_column(timeouts, "timeouts")
+    fields = {"observations": observations, "next_observations": next_observations, "actions": actions, "rewards": rewards}
+    n_rows = count_rows({**fields, "terminals": terminals, "timeouts": timeouts})
+    for flags, field in ((terminals, "terminals"), (timeouts, "timeouts")):
+        if flags is not None:
+            check_flags(flags, field, np.flatnonzero(terminals == 1))
 
+    if horizon is None and env_spec is not None:
+        horizon = env_spec.max_episode_steps
+    if ask_environment is not None:
+        cut_is_known = timeouts is not None or horizon is not None
+        if observation_space is None or action_space is None or not cut_is_known:
+            facts = ask_environment(observations)
+            observation_space = observation_space or facts.observation_space
+            action_space = action_space or facts.action_space
+            horizon = horizon or facts.max_episode_steps
     if action_space is None:
         action_space = _guess_action_space(actions)
     if observation_space is None:
         observation_space = _guess_observation_space(observations)
     observation_space = flatten_observation_space(observation_space)
 
-    ends = _as_flags(terminals, "terminals", terminals)
+    ends = terminals.astype(bool)
     if timeouts is not None:
-        cuts = _as_flags(timeouts, "timeouts", terminals) & ~ends
+        cuts = timeouts.astype(bool) & ~ends
     else:
-        horizon = horizon or (env_spec.max_episode_steps if env_spec is not None else None)
         cuts = _cut_by_horizon(ends, horizon)
     cuts[-1] |= not ends[-1]
 
@@ -291,25 +331,6 @@ def from_flat_arrays(
         name=name,
         clip_actions=clip_actions,
     )
-
-
-def _as_flags(array: np.ndarray, field: str, terminals: np.ndarray) -> np.ndarray:
-    """
-    :param array: ``(N,)`` of booleans, or of 0 and 1 in another type
-    :param field: its name
-    :param terminals: ``(N,)``, for the message
-    :return: a copy as booleans
-    :raises ValueError: if another value is in it
-    """
-    if array.dtype != bool:
-        bad = np.flatnonzero(~np.isin(array, (0, 1)))
-        if len(bad):
-            ends = np.flatnonzero(terminals[: bad[0]] == 1)
-            step = int(bad[0] - (ends[-1] + 1 if len(ends) else 0))
-            raise ValueError(
-                f"`{field}` must hold 0 or 1 (or booleans): got {array[bad[0]]} at episode {len(ends)}, step {step}."
-            )
-    return array.astype(bool)
 
 
 def _cut_by_horizon(ends: np.ndarray, horizon: int | None) -> np.ndarray:
@@ -359,57 +380,6 @@ def _guess_observation_space(observations: Observations) -> spaces.Space:
     if observations.dtype == np.uint8:
         return spaces.Box(0, 255, shape, np.uint8)
     return spaces.Box(-np.inf, np.inf, shape, np.float32)
-
-
-def _check_rows(
-    observations: Observations,
-    next_observations: Observations | None,
-    actions: np.ndarray,
-    rewards: np.ndarray,
-    terminals: np.ndarray,
-    timeouts: np.ndarray | None,
-) -> int:
-    """
-    :param observations: array or flat dict of arrays
-    :param next_observations: like these, or None
-    :param actions: array
-    :param rewards: array
-    :param terminals: array
-    :param timeouts: array or None
-    :return: the number of rows that all of them have
-    """
-    fields: dict[str, Any] = {"observations": observations, "next_observations": next_observations, "actions": actions}
-    fields |= {"rewards": rewards, "terminals": terminals, "timeouts": timeouts}
-    lengths: dict[str, int] = {}
-    for field, value in fields.items():
-        for key, array in value.items() if isinstance(value, Mapping) else [("", value)]:
-            if array is not None:
-                lengths[f"{field}.{key}" if key else field] = len(array) if array.ndim else 0
-    if len(set(lengths.values())) != 1:
-        listed = ", ".join(f"{field} {length}" for field, length in lengths.items())
-        raise ValueError(f"All arrays must have one row per step: got lengths {listed}.")
-    n_rows = next(iter(lengths.values()))
-    if n_rows == 0:
-        raise ValueError("The dataset is empty: expected at least one step; got arrays of length 0.")
-    return n_rows
-
-
-def _column(array: Any) -> np.ndarray:
-    """
-    :param array: ``(N,)`` or ``(N, 1)``
-    :return: ``(N,)``
-    """
-    array = np.asarray(array)
-    return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
-
-
-def _none_or(function: Any, value: Any) -> Any:
-    """
-    :param function: applied unless there is nothing to apply it to
-    :param value: its argument, or None
-    :return: its result, or None
-    """
-    return None if value is None else function(value)
 
 
 def _rows(arrays: Any, rows: np.ndarray, copy: bool = True) -> Any:

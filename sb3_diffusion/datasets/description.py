@@ -68,9 +68,10 @@ def _to_plain(space: spaces.Space) -> dict[str, Any]:
         bounds = {"low": _bound(space.low), "high": _bound(space.high)}
         return {"kind": "Box", **bounds, "shape": list(space.shape), "dtype": str(space.dtype)}
     if isinstance(space, spaces.Discrete):
-        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
     if isinstance(space, spaces.MultiDiscrete):
-        return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist()}
+        arrays = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
+        return {"kind": "MultiDiscrete", **arrays, "dtype": str(space.dtype)}
     assert isinstance(space, spaces.MultiBinary)
     return {"kind": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
 
@@ -83,11 +84,17 @@ def _to_space(plain: Mapping[str, Any]) -> spaces.Space:
             np.full(plain["shape"], plain["high"], plain["dtype"]),
             dtype=np.dtype(plain["dtype"]).type,
         ),
-        "Discrete": lambda: spaces.Discrete(plain["n"], start=plain["start"]),
-        "MultiDiscrete": lambda: spaces.MultiDiscrete(plain["nvec"]),
+        "Discrete": lambda: spaces.Discrete(plain["n"], start=plain["start"], **_dtype(plain)),
+        "MultiDiscrete": lambda: spaces.MultiDiscrete(plain["nvec"], start=plain.get("start"), **_dtype(plain)),
         "MultiBinary": lambda: spaces.MultiBinary(plain["n"]),
     }
     return makers[plain["kind"]]()
+
+
+def _dtype(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """:return: what says the type of a space; nothing for int64, as older versions of Gymnasium have no argument for it"""
+    dtype = np.dtype(plain.get("dtype", "int64"))
+    return {} if dtype == np.int64 else {"dtype": dtype.type}
 
 
 def _bound(array: np.ndarray) -> Any:

@@ -15,16 +15,18 @@ SETTINGS = ("kwargs", "reward_threshold", "nondeterministic", "max_episode_steps
 """Fields of an ``EnvSpec`` that are no code."""
 
 
-def register_robotics(spec: EnvSpec) -> None:
+def register_robotics(env: EnvSpec | str) -> None:
     """
-    Register the environments of gymnasium-robotics, if it is installed and the environment is one of them.
+    Register the environments of gymnasium-robotics, if it is installed and the environment is, or may be, one of them.
 
-    :param spec: of the environment
+    :param env: spec of the environment, or its id; an id that is registered is none of them
     """
-    if importlib.util.find_spec("gymnasium_robotics") is not None and "gymnasium_robotics" in str(spec.entry_point):
+    env_id = env if isinstance(env, str) else env.id
+    wanted = env_id not in gym.registry if isinstance(env, str) else "gymnasium_robotics" in str(env.entry_point)
+    if wanted and importlib.util.find_spec("gymnasium_robotics") is not None:
         robotics = importlib.import_module("gymnasium_robotics")
         # registers by itself when imported, depending on its version
-        if spec.id not in gym.registry and hasattr(gym, "register_envs"):
+        if env_id not in gym.registry and hasattr(gym, "register_envs"):
             gym.register_envs(robotics)
 
 

@@ -13,7 +13,12 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from sb3_diffusion.datasets.env_specs import register_robotics
 from sb3_diffusion.datasets.loading import load_dataset, open_minari_source
 from sb3_diffusion.datasets.minari_dataset import known_environment
-from sb3_diffusion.datasets.offline_dataset import OfflineDataset, flatten_observation_space, flatten_observations
+from sb3_diffusion.datasets.offline_dataset import (
+    OfflineDataset,
+    flatten_observation_space,
+    flatten_observations,
+    stacked_space,
+)
 
 # A time limit this many times longer than every recorded episode is none that evaluation could wait for.
 _ABSURD_LIMIT = 100
@@ -140,7 +145,7 @@ def make_dataset_env(dataset: OfflineDataset, **kwargs: Any) -> gym.Env:
     """
     Make the environment of a dataset, for evaluation; frames can be rendered where the environment can do that.
 
-    :param dataset: its spaces must fit its environment
+    :param dataset: its spaces must fit its environment; if its observations are stacked, the env gives single ones
     :param kwargs: for ``gymnasium.make``
     :return: the environment, or a ``SpacesEnv`` that cannot be stepped if the dataset names none
     :raises ImportError: if a package is missing; names the extra to install
@@ -149,7 +154,8 @@ def make_dataset_env(dataset: OfflineDataset, **kwargs: Any) -> gym.Env:
     if dataset.env_spec is None:
         return SpacesEnv(dataset.observation_space, dataset.action_space, dataset.name)
     env = make_from_spec(dataset.env_spec, **_with_time_limit(dataset, kwargs))
-    dataset.check_spaces(env.observation_space, env.action_space)
+    space = env.observation_space
+    dataset.check_spaces(space if dataset.n_stack == 1 else stacked_space(space, dataset.n_stack), env.action_space)
     return env
 
 
@@ -211,6 +217,27 @@ def find_dataset(env: Any) -> OfflineDataset | None:
     return None
 
 
+def time_limit(env: Any) -> int | None:
+    """
+    :param env: a Gymnasium env, an SB3 VecEnv or None
+    :return: steps after which episodes are cut, None where that is not known
+    """
+    spec = None if env is None else _spec_of(env)
+    return None if spec is None else spec.max_episode_steps
+
+
+def _spec_of(env: Any) -> EnvSpec | None:
+    """
+    :param env: a Gymnasium env or an SB3 VecEnv; of several envs the first is asked
+    :return: its spec, or None if it has none
+    """
+    if not hasattr(type(env), "env_method"):
+        spec = getattr(env, "spec", None)
+    else:
+        spec = env.get_attr("spec", indices=[0])[0] if env.has_attr("spec") else None
+    return spec if isinstance(spec, EnvSpec) else None
+
+
 def _loaded(source: Any, owner: Any) -> OfflineDataset:
     """
     :param source: what an environment's ``get_dataset`` returned
@@ -219,10 +246,9 @@ def _loaded(source: Any, owner: Any) -> OfflineDataset:
     """
     if isinstance(source, OfflineDataset):
         return source
-    spec = getattr(owner, "spec", None)
     return load_dataset(
         source,
-        env_spec=spec if isinstance(spec, EnvSpec) else None,
+        env_spec=_spec_of(owner),
         observation_space=owner.observation_space,
         action_space=owner.action_space,
     )

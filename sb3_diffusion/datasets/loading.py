@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from gymnasium.envs.registration import EnvSpec
 from sb3_diffusion.datasets.d4rl_hdf5 import (
     ARRAYS_SUFFIX,
     HDF5_SUFFIXES,
+    AskEnvironment,
+    EnvironmentFacts,
     d4rl_folder,
     find_d4rl_file,
     from_flat_arrays,
@@ -23,7 +26,12 @@ from sb3_diffusion.datasets.d4rl_hdf5 import (
 )
 from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX, load_memory_mapped
 from sb3_diffusion.datasets.minari_dataset import load_minari, minari_root, open_minari
-from sb3_diffusion.datasets.offline_dataset import OfflineDataset, flatten_observation_space, space_mismatch
+from sb3_diffusion.datasets.offline_dataset import (
+    Observations,
+    OfflineDataset,
+    flatten_observation_space,
+    space_mismatch,
+)
 from sb3_diffusion.datasets.replay_buffer import from_replay_buffer
 from sb3_diffusion.datasets.scripted import EMBEDDED_DATASETS, embedded_dataset
 
@@ -69,19 +77,74 @@ def load_dataset(
     :raises ImportError: if minari or h5py is needed and missing; names the extra to install
     """
     spec = gym.spec(env_spec) if isinstance(env_spec, str) else env_spec
+    ask = None if spec is None else partial(_facts_of_spec, spec)
+    return _load(source, spec, observation_space, action_space, clip_actions, ask)
+
+
+def load_dataset_for(
+    source: Any, observation_space: spaces.Space, action_space: spaces.Space, max_episode_steps: int | None = None
+) -> OfflineDataset:
+    """
+    Load logged data for an environment that is at hand: what bare arrays and files do not tell is taken from it. Images may
+    have their channels on either side, and observations that do not fit at all are left for the comparison of spaces.
+
+    :param source: as for [load_dataset][sb3_diffusion.load_dataset]
+    :param observation_space: of the environment
+    :param action_space: of the environment
+    :param max_episode_steps: its time limit, for arrays without ``timeouts``
+    :return: the flat dataset
+    """
+
+    def ask(observations: Observations) -> EnvironmentFacts:
+        shape = None if isinstance(observations, dict) else observations.shape[1:]
+        fits = isinstance(observation_space, spaces.Dict) or shape == observation_space.shape
+        fits = fits or (isinstance(observation_space, spaces.Discrete) and shape == (1,))
+        return EnvironmentFacts(observation_space if fits else None, action_space, max_episode_steps)
+
+    return _load(source, None, None, None, False, ask)
+
+
+def _facts_of_spec(spec: EnvSpec, _: Observations) -> EnvironmentFacts:
+    """What the environment of a spec knows; its observation space has to fit the data."""
+    from sb3_diffusion.datasets.environments import make_from_spec
+
+    env = make_from_spec(spec)
+    env.close()
+    return EnvironmentFacts(env.observation_space, env.action_space, spec.max_episode_steps)
+
+
+def _load(
+    source: Any,
+    spec: EnvSpec | None,
+    observation_space: spaces.Space | None,
+    action_space: spaces.Space | None,
+    clip_actions: bool,
+    ask_environment: AskEnvironment | None,
+) -> OfflineDataset:
+    """
+    :param source: see ``load_dataset``
+    :param spec: see ``load_dataset``
+    :param observation_space: see ``load_dataset``
+    :param action_space: see ``load_dataset``
+    :param clip_actions: see ``load_dataset``
+    :param ask_environment: what bare arrays and files do not tell, see ``from_flat_arrays``
+    :return: the flat dataset
+    """
     if isinstance(source, OfflineDataset):
         return _overridden(source, spec, observation_space, action_space, clip_actions)
     if isinstance(source, Mapping):
-        return _from_mapping(source, spec, observation_space, action_space, clip_actions)
+        return _from_mapping(source, spec, observation_space, action_space, clip_actions, ask_environment)
     if isinstance(source, str | PathLike):
         file = _file(source)
         if file is not None:
-            return _READERS.get(file.suffix, load_d4rl)(
+            reader = _READERS.get(file.suffix, load_d4rl)
+            return reader(
                 file,
                 env_spec=spec,
                 observation_space=observation_space,
                 action_space=action_space,
                 clip_actions=clip_actions,
+                **({} if reader is load_memory_mapped else {"ask_environment": ask_environment}),  # which tells all itself
             )
     if _is_replay_buffer(source):
         dataset = from_replay_buffer(source)
@@ -150,6 +213,7 @@ def _from_mapping(
     observation_space: spaces.Space | None,
     action_space: spaces.Space | None,
     clip_actions: bool,
+    ask_environment: AskEnvironment | None,
 ) -> OfflineDataset:
     """
     :param source: dict of arrays
@@ -157,6 +221,7 @@ def _from_mapping(
     :param observation_space: see ``load_dataset``
     :param action_space: see ``load_dataset``
     :param clip_actions: see ``load_dataset``
+    :param ask_environment: see ``from_flat_arrays``
     :return: the flat dataset
     """
     missing = _REQUIRED_KEYS - set(source)
@@ -165,13 +230,6 @@ def _from_mapping(
             f"A dict of arrays must have the keys {', '.join(sorted(_REQUIRED_KEYS))} and may have "
             f"{', '.join(sorted(_OPTIONAL_KEYS))}: {', '.join(sorted(missing))} missing, got {sorted(map(str, source))}."
         )
-    if env_spec is not None and (observation_space is None or action_space is None):
-        from sb3_diffusion.datasets.environments import make_from_spec
-
-        env = make_from_spec(env_spec)
-        observation_space = env.observation_space if observation_space is None else observation_space
-        action_space = env.action_space if action_space is None else action_space
-        env.close()
     arrays = {key: source[key] for key in source if key in _REQUIRED_KEYS | _OPTIONAL_KEYS}
     return from_flat_arrays(
         **arrays,
@@ -180,6 +238,7 @@ def _from_mapping(
         action_space=action_space,
         name="arrays",
         clip_actions=clip_actions,
+        ask_environment=ask_environment,
     )
 
 
@@ -211,7 +270,7 @@ def _overridden(
         # the data keeps the side on which its images have their channels
         if _shapes(observation_space) != _shapes(dataset.observation_space):
             observation_space = None
-    return OfflineDataset(
+    changed = OfflineDataset(
         dataset.observations,
         dataset.actions,
         dataset.rewards,
@@ -227,6 +286,8 @@ def _overridden(
         name=dataset.name,
         clip_actions=clip_actions,
     )
+    changed.n_stack = dataset.n_stack
+    return changed
 
 
 def _shapes(space: spaces.Space) -> Any:

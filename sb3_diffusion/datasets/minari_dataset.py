@@ -294,6 +294,11 @@ def _store(target: np.ndarray, start: int, end: int, values: np.ndarray, field: 
         values = values.reshape(target[start:end].shape)
     with np.errstate(over="ignore"):
         target[start:end] = values
+    if target.dtype.kind in "iu" and values.dtype != target.dtype and not np.array_equal(target[start:end], values):
+        raise ValueError(
+            f"`{field}` of episode {episode} must be numbers of {target.dtype}, as its space says: got {values.min()} to "
+            f"{values.max()}, of {values.dtype}. Record the dataset with the right space."
+        )
 
 
 _EpisodeArrays = tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray]

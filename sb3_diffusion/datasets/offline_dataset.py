@@ -68,11 +68,11 @@ class OfflineDataset:
     truncations       .    .    .    .    .    .    x        episode_ends = [2, 6]
     ```
 
-    The constructor checks everything: equal lengths, shapes against the spaces, no NaN or infinity, actions inside of their
-    Box. Each row has at most one of the two flags (a termination wins over a truncation), the last row of the data always
-    has one. Arrays of the right type are kept as they are, without a copy; floating observations become float32, integer
-    ones (images, Discrete, MultiBinary, MultiDiscrete spaces) keep their type; a nested Dict of observations becomes a flat
-    one whose keys are joined by ``"."``.
+    The constructor checks everything: equal lengths, shapes against the spaces, no NaN or infinity, integer observations
+    inside of their space, actions inside of their Box. Each row has at most one of the two flags (a termination wins over a
+    truncation), the last row of the data always has one. Arrays of the right type are kept as they are, without a copy;
+    floating observations become float32, integer ones (images, Discrete, MultiBinary, MultiDiscrete spaces) keep their type;
+    a nested Dict of observations becomes a flat one whose keys are joined by ``"."``.
 
     :param observations: ``(N, *obs_shape)``, or a dict of such arrays for a Dict space
     :param actions: ``(N, *action_shape)`` in the units of the env
@@ -120,23 +120,13 @@ class OfflineDataset:
         self.ref_max_score = None if ref_max_score is None else float(ref_max_score)
         self.score_label = score_label if score_label is not None or ref_max_score is None else "given"
         self.name = name
+        self.n_stack = 1  # observations put together in each one, see `stack`
 
         actions = np.asarray(actions)
-        n_steps = len(actions) if actions.ndim else 0
         observations, next_observations = flatten_observations(observations), flatten_observations(next_observations)
         columns = {"rewards": rewards, "terminations": terminations, "truncations": truncations}
-        columns = {field: _as_column(array, field) for field, array in columns.items()}
-        _check_lengths(
-            {
-                **dict(_leaves(observations, "observations")),
-                **dict(_leaves(next_observations, "next_observations")),
-                "actions": actions,
-                **columns,
-            }
-        )
-        if n_steps == 0:
-            raise ValueError("The dataset is empty: expected at least one step; got arrays of length 0.")
-
+        columns = {field: as_column(array, field) for field, array in columns.items()}
+        count_rows({"observations": observations, "next_observations": next_observations, "actions": actions, **columns})
         with np.errstate(invalid="ignore"):
             self.terminations = columns["terminations"].astype(bool)
             self.truncations = columns["truncations"].astype(bool) & ~self.terminations
@@ -144,7 +134,7 @@ class OfflineDataset:
         self.episode_ends: np.ndarray = np.flatnonzero(self.terminations | self.truncations)
         self.episode_starts: np.ndarray = np.concatenate([[0], self.episode_ends[:-1] + 1])
         for field in ("terminations", "truncations"):
-            self._check_flag(columns[field], field)
+            check_flags(columns[field], field, self.episode_ends)
 
         self.observations = self._checked_observations(observations, "observations")
         self.next_observations = self._checked_observations(next_observations, "next_observations")
@@ -154,27 +144,7 @@ class OfflineDataset:
     # Checks -----------------------------------------------------------------------------------------------------------
 
     def _where(self, row: int) -> str:
-        """
-        Name a row for people.
-
-        :param row: index into the arrays
-        :return: such as "episode 3, step 17"
-        """
-        episode = int(np.searchsorted(self.episode_ends, row))
-        return f"episode {episode}, step {row - int(self.episode_starts[episode])}"
-
-    def _check_flag(self, array: np.ndarray, field: str) -> None:
-        """
-        Refuse flags that are neither true nor false.
-
-        :param array: as it came, ``(N,)``
-        :param field: its name
-        """
-        if array.dtype == bool:
-            return
-        bad = np.flatnonzero(~np.isin(array, (0, 1)))
-        if len(bad):
-            raise ValueError(f"`{field}` must hold 0 or 1 (or booleans): got {array[bad[0]]} at {self._where(bad[0])}.")
+        return place_of(row, self.episode_ends)
 
     def _checked_floats(self, array: np.ndarray, field: str) -> np.ndarray:
         """
@@ -233,14 +203,41 @@ class OfflineDataset:
         array = _with_shape(array, space.shape, field)
         if isinstance(space, spaces.Box) and space.dtype.kind == "f":
             return self._checked_floats(array, field)
+        if array.dtype.kind not in "iu":  # integers that came as floats or booleans
+            self._checked_floats(array, field)
+        self._check_inside(array, space, field)
         if array.dtype.kind in "iu":
             return array
-        # integers that came as floats or booleans
-        self._checked_floats(array, field)
         integers = array.astype(space.dtype)
         if (integers != array).any():
             raise ValueError(f"`{field}` must hold integers for the space {space}: got dtype {array.dtype} with fractions.")
         return integers
+
+    def _check_inside(self, array: np.ndarray, space: spaces.Space, field: str) -> None:
+        """
+        Refuse numbers that a space of integers does not have: stored in its type they would silently become others.
+
+        :param array: numbers with the steps as first axis
+        :param space: space of one observation
+        :param field: its name
+        """
+        low, high = _integer_bounds(space)
+        if array.dtype.kind in "iu":
+            stored = np.iinfo(array.dtype)
+            if (low <= stored.min).all() and (high >= stored.max).all():  # such as bytes of a picture: no need to look
+                return
+        for start in range(0, len(array), _CHUNK):
+            chunk = array[start : start + _CHUNK]
+            if (chunk.min(axis=0) >= low).all() and (chunk.max(axis=0) <= high).all():
+                continue
+            outside = ((chunk < low) | (chunk > high)).reshape(len(chunk), -1)
+            index = int(np.argmax(outside.any(axis=1)))
+            entry = int(np.argmax(outside[index]))
+            value, lowest, highest = (part.reshape(-1)[entry] for part in (chunk[index], low, high))
+            raise ValueError(
+                f"`{field}` must lie inside of the space {space}: got {value} at {self._where(start + index)}, allowed "
+                f"{lowest} to {highest}. Give the right `observation_space`, or repair these episodes before loading."
+            )
 
     def _checked_actions(self, actions: np.ndarray, clip_actions: bool) -> np.ndarray:
         """
@@ -340,6 +337,11 @@ class OfflineDataset:
         arrays += [self.actions, self.rewards, self.terminations, self.truncations, self.episode_ends, self.episode_starts]
         return sum(array.nbytes for array in arrays)
 
+    @property
+    def has_reference_scores(self) -> bool:
+        """Whether both ``ref_min_score`` and ``ref_max_score`` are known, which ``normalized_score`` needs."""
+        return self.ref_min_score is not None and self.ref_max_score is not None
+
     def normalized_score(self, returns: float | Sequence[float] | np.ndarray) -> Any:
         """
         Express returns in percent between the two reference scores (0: ``ref_min_score``, 100: ``ref_max_score``).
@@ -370,11 +372,15 @@ class OfflineDataset:
 
         :param n_stack: number of observations put together, at least 1
         :return: a new dataset; actions, rewards and flags are shared with this one
-        :raises ValueError: if ``n_stack`` is smaller than 1
+        :raises ValueError: if ``n_stack`` is smaller than 1, or the observations are stacked already
         :raises TypeError: if a space cannot be stacked (all but Box and Dicts of Box)
         """
         if n_stack < 1:
             raise ValueError(f"`n_stack` must be at least 1: got {n_stack}.")
+        if self.n_stack > 1:
+            raise ValueError(
+                f"The observations are stacked already, {self.n_stack} of them: stack the dataset of single ones."
+            )
         space = stacked_space(self.observation_space, n_stack)
         if isinstance(self.observation_space, spaces.Dict):
             assert isinstance(self.observations, dict) and isinstance(self.next_observations, dict)
@@ -389,7 +395,7 @@ class OfflineDataset:
             observations, next_observations = self._stack_leaf(
                 self.observations, self.next_observations, self.observation_space, n_stack
             )
-        return OfflineDataset(
+        stacked = OfflineDataset(
             observations,
             self.actions,
             self.rewards,
@@ -404,6 +410,8 @@ class OfflineDataset:
             score_label=self.score_label,
             name=self.name,
         )
+        stacked.n_stack = n_stack
+        return stacked
 
     def _stack_leaf(
         self, observations: np.ndarray, next_observations: np.ndarray, space: spaces.Space, n_stack: int
@@ -443,7 +451,6 @@ class OfflineDataset:
         """
         returns, lengths = self.episode_returns, self.episode_lengths
         saturation = self._saturation()
-        has_scores = self.ref_min_score is not None and self.ref_max_score is not None
         flat = self.actions.reshape(len(self), -1)
         return {
             "name": self.name,
@@ -465,7 +472,7 @@ class OfflineDataset:
             "ref_min_score": self.ref_min_score,
             "ref_max_score": self.ref_max_score,
             "score_label": self.score_label,
-            "normalized_return": float(self.normalized_score(returns.mean())) if has_scores else None,
+            "normalized_return": float(self.normalized_score(returns.mean())) if self.has_reference_scores else None,
         }
 
     def _saturation(self) -> np.ndarray:
@@ -516,7 +523,7 @@ class OfflineDataset:
         """
         Draw returns, lengths, rewards and actions into one picture.
 
-        :param path: file to write; the suffix decides the format (png, pdf, svg)
+        :param path: file to write; the suffix decides the format (png, pdf, svg), without one it becomes ``.png``
         :return: the path written
         :raises ImportError: without matplotlib
         """
@@ -624,7 +631,7 @@ def stacked_space(space: spaces.Space, n_stack: int) -> spaces.Space:
 
     :param space: a Box or a Dict of Box
     :param n_stack: number of observations
-    :return: the space with its bounds repeated
+    :return: the space with its bounds repeated; those of integers have room for the zeros before the start of an episode
     :raises TypeError: for other spaces
     """
     if isinstance(space, spaces.Dict):
@@ -633,6 +640,8 @@ def stacked_space(space: spaces.Space, n_stack: int) -> spaces.Space:
         raise TypeError(f"Only Box observations (and Dicts of them) can be stacked: got {space}.")
     axis = 0 if _stacks_first(space) else -1
     low, high = np.repeat(space.low, n_stack, axis=axis), np.repeat(space.high, n_stack, axis=axis)
+    if space.dtype.kind in "iu" and n_stack > 1:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
     return spaces.Box(low, high, dtype=space.dtype.type)
 
 
@@ -689,6 +698,21 @@ def is_image_space(space: spaces.Space) -> bool:
     )
 
 
+def _integer_bounds(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param space: of integers: a Box of them, Discrete, MultiDiscrete or MultiBinary
+    :return: the smallest and the largest values, two arrays of the shape of the space
+    """
+    if isinstance(space, spaces.Box):
+        return space.low, space.high
+    if isinstance(space, spaces.MultiBinary):
+        return np.zeros(space.shape, np.int64), np.ones(space.shape, np.int64)
+    assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
+    count = space.n if isinstance(space, spaces.Discrete) else space.nvec
+    low = np.asarray(space.start, np.int64)
+    return low, np.asarray(low + np.asarray(count, np.int64) - 1)
+
+
 def _stacks_first(space: spaces.Box) -> bool:
     """
     :param space: of one observation
@@ -735,6 +759,35 @@ def _check_leaf_space(space: spaces.Space, label: str) -> None:
 # Arrays ---------------------------------------------------------------------------------------------------------------
 
 
+def place_of(row: int, episode_ends: np.ndarray) -> str:
+    """
+    Name a row for people.
+
+    :param row: index into the arrays
+    :param episode_ends: rows of the last steps, ascending
+    :return: such as "episode 3, step 17"
+    """
+    episode = int(np.searchsorted(episode_ends, row))
+    return f"episode {episode}, step {row - (int(episode_ends[episode - 1]) + 1 if episode else 0)}"
+
+
+def check_flags(array: np.ndarray, field: str, episode_ends: np.ndarray) -> None:
+    """
+    Refuse flags that are neither true nor false.
+
+    :param array: as it came, ``(N,)``
+    :param field: its name
+    :param episode_ends: rows of the last steps, for the message
+    :raises ValueError: if another value than 0 and 1 is in it
+    """
+    if array.dtype == bool:
+        return
+    bad = np.flatnonzero(~np.isin(array, (0, 1)))
+    if len(bad):
+        place = place_of(int(bad[0]), episode_ends)
+        raise ValueError(f"`{field}` must hold 0 or 1 (or booleans): got {array[bad[0]]} at {place}.")
+
+
 def _leaves(observations: Any, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     """
     :param observations: array or nested mapping of arrays
@@ -771,11 +824,12 @@ def _delayed(observations: np.ndarray, steps: np.ndarray, age: int) -> np.ndarra
     return delayed
 
 
-def _as_column(array: Any, field: str) -> np.ndarray:
+def as_column(array: Any, field: str) -> np.ndarray:
     """
     :param array: ``(N,)`` or ``(N, 1)``
     :param field: its name
     :return: ``(N,)``
+    :raises ValueError: if it has another shape
     """
     array = np.asarray(array)
     if array.ndim == 2 and array.shape[1] == 1:
@@ -799,17 +853,24 @@ def _with_shape(array: np.ndarray, shape: tuple[int, ...], field: str) -> np.nda
     raise ValueError(f"`{field}` must have shape (N, {', '.join(map(str, shape))}) for its space: got {array.shape}.")
 
 
-def _check_lengths(arrays: dict[str, np.ndarray]) -> None:
+def count_rows(fields: Mapping[str, Any]) -> int:
     """
-    :param arrays: by field
+    :param fields: arrays and dicts of arrays by name; what is None is passed over
+    :return: the number of rows that all of them have
+    :raises ValueError: if they have different numbers, or none
     """
-    lengths = {field: len(array) if array.ndim else 0 for field, array in arrays.items()}
+    parts = [part for field, value in fields.items() if value is not None for part in _leaves(value, field)]
+    lengths = {name: len(array) if array.ndim else 0 for name, array in parts}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{field} {length}" for field, length in lengths.items())
         raise ValueError(
             f"All arrays must have one row per step: got lengths {listed}. Episodes with T actions and T + 1 observations "
             "must be split into `observations` (all but the last) and `next_observations` (all but the first)."
         )
+    n_rows = next(iter(lengths.values()))
+    if n_rows == 0:
+        raise ValueError("The dataset is empty: expected at least one step; got arrays of length 0.")
+    return n_rows
 
 
 def _count_bad_rows(array: np.ndarray) -> int:

@@ -22,7 +22,7 @@ def plot_dataset(dataset: OfflineDataset, path: str | PathLike[str]) -> Path:
     Draw four panels: returns, lengths, rewards per step, and the range and saturation of each action dimension.
 
     :param dataset: what to draw
-    :param path: file to write; the suffix decides the format
+    :param path: file to write; the suffix decides the format, without one it becomes ``.png``
     :return: the path written
     :raises ImportError: without matplotlib
     """
@@ -58,8 +58,9 @@ def _draw_returns(axis: Any, dataset: OfflineDataset) -> None:
     axis.axvline(returns.mean(), color=ORANGE, label=f"mean {returns.mean():.4g}")
     axis.set(xlabel="return", ylabel="episodes", title="Returns")
     axis.legend(frameon=False)
-    if dataset.ref_min_score is not None and dataset.ref_max_score is not None:
+    if dataset.has_reference_scores:
         low, high = dataset.ref_min_score, dataset.ref_max_score
+        assert low is not None and high is not None
         scores = axis.secondary_xaxis(
             "top", functions=(lambda x: 100 * (x - low) / (high - low), lambda x: low + x * (high - low) / 100)
         )

@@ -45,12 +45,12 @@ def from_replay_buffer(buffer: Any, name: str = "replay buffer") -> OfflineDatas
     truncations = ends & timeouts
     truncations[-1] |= ~ends[-1]
     space = buffer.observation_space
-    observations = _gather(buffer.observations, rows, space)
+    observations = _gather(buffer.observations, rows[:, None], space)
     if optimized:
         successors = (rows[:, None] + ~ends) % buffer.buffer_size
-        next_observations: Observations = _gather_each(buffer.observations, successors, space)
+        next_observations = _gather(buffer.observations, successors, space)
     else:
-        next_observations = _gather(buffer.next_observations, rows, space)
+        next_observations = _gather(buffer.next_observations, rows[:, None], space)
     return OfflineDataset(
         observations,
         _unscaled(_columns(np.asarray(buffer.actions)[rows]), buffer.action_space),
@@ -75,33 +75,17 @@ def _columns(array: np.ndarray) -> np.ndarray:
 def _gather(stored: Any, rows: np.ndarray, space: spaces.Space) -> Observations:
     """
     :param stored: ``(buffer_size, n_envs, ...)``, or a dict of such arrays
-    :param rows: which rows, in time order
+    :param rows: ``(n_rows, n_envs)``, or ``(n_rows, 1)`` for the same ones of each env; in time order
     :param space: of one observation
     :return: ``(n_envs * n_rows, *obs_shape)``, or a dict of such arrays
     """
     if isinstance(space, spaces.Dict):
-        return {key: _shaped(_columns(np.asarray(stored[key])[rows]), part) for key, part in space.spaces.items()}
-    return _shaped(_columns(np.asarray(stored)[rows]), space)
-
-
-def _gather_each(stored: Any, rows: np.ndarray, space: spaces.Space) -> np.ndarray:
-    """
-    :param stored: ``(buffer_size, n_envs, ...)``
-    :param rows: ``(n_rows, n_envs)``, which row to take for each env
-    :param space: of one observation
-    :return: ``(n_envs * n_rows, *obs_shape)``
-    """
-    return _shaped(_columns(np.asarray(stored)[rows, np.arange(rows.shape[1])]), space)
-
-
-def _shaped(array: np.ndarray, space: spaces.Space) -> np.ndarray:
-    """
-    :param array: one row per step, as SB3 stores it (a Discrete observation has shape (1,))
-    :param space: of one observation
-    :return: the rows in the shape of the space
-    """
+        # SB3's buffers know no Dict inside of a Dict: each part is an array
+        return {key: np.asarray(_gather(stored[key], rows, part)) for key, part in space.spaces.items()}
     assert space.shape is not None
-    return array.reshape(len(array), *space.shape)
+    array = np.asarray(stored)
+    array = _columns(array[rows, np.arange(array.shape[1])])
+    return array.reshape(len(array), *space.shape)  # SB3 stores a Discrete observation in shape (1,)
 
 
 def _unscaled(actions: np.ndarray, space: spaces.Box) -> np.ndarray:

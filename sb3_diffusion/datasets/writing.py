@@ -19,7 +19,7 @@ from sb3_diffusion.datasets.d4rl_hdf5 import ARRAYS_SUFFIX, HDF5_SUFFIXES
 from sb3_diffusion.datasets.description import ARRAYS_KEY, HDF5_KEY, describe
 from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX, MemoryMappedWriter
 from sb3_diffusion.datasets.minari_dataset import MINARI_EXTRA, minari_root
-from sb3_diffusion.datasets.offline_dataset import Observations, OfflineDataset
+from sb3_diffusion.datasets.offline_dataset import Observations, OfflineDataset, place_of
 
 
 def write_dataset(dataset: OfflineDataset, target: str | PathLike[str]) -> str:
@@ -148,7 +148,7 @@ def write_minari(dataset: OfflineDataset, dataset_id: str) -> None:
             data_format="hdf5",
             jpeg_encoding=False,  # pictures stay as they are
         )
-    if dataset.ref_min_score is not None and dataset.ref_max_score is not None:
+    if dataset.has_reference_scores:
         written.storage.update_metadata({"ref_min_score": dataset.ref_min_score, "ref_max_score": dataset.ref_max_score})
 
 
@@ -189,10 +189,9 @@ def _check_consecutive(dataset: OfflineDataset) -> None:
         same = (following[rows] == array[rows + 1]).reshape(len(rows), -1).all(axis=1)
         if not same.all():
             row = int(rows[np.argmin(same)])
-            episode = int(np.searchsorted(dataset.episode_ends, row))
             raise ValueError(
                 f"Minari stores one row of observations per episode, so that each next observation must be the following "
-                f"observation: they differ at episode {episode}, step {row - int(dataset.episode_starts[episode])} "
+                f"observation: they differ at {place_of(row, dataset.episode_ends)} "
                 f"({(~same).sum()} steps in all). Write an .hdf5 or {ARRAYS_SUFFIX} file instead."
             )
 

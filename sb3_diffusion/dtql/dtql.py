@@ -16,7 +16,7 @@ from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.distributed import average, standard_deviation
 from sb3_diffusion.common.policies import ActionDenoiser, QCritic
 from sb3_diffusion.common.schedules import log_logistic_sigmas
-from sb3_diffusion.common.utils import check_choice, check_range, expectile_loss
+from sb3_diffusion.common.utils import check_choice, check_range, expectile_loss, warmed_up_decay
 from sb3_diffusion.dtql.policies import (
     CnnPolicy,
     DTQLPolicy,
@@ -42,21 +42,21 @@ class DTQL(ActorCriticAlgorithm):
 
     * ``q_normalization="advantage"`` divides the action values by the standard deviation of the advantages of the data's
       actions: ``trust_region_coef`` then does not carry the scale of the rewards (published values run from 0.5 to 1500),
-      and a critic that knows nothing yet cannot push the actor far. Presets have it off.
+      and a critic that knows nothing yet cannot push the actor far. Published presets have it off.
     * The policy acts with a moving average of the actor's weights (``ema_decay``); the authors' code keeps one and never
-      uses it. Presets have it off.
+      uses it. Published presets have it off.
     * Offline, the actor first imitates the data (``n_imitation_steps``): the trust region seeks the nearest mode, and from a
-      random start that is often the edge of the box, where the hyperbolic tangent lets no gradient through. Presets have it
-      off.
+      random start that is often the edge of the box, where the hyperbolic tangent lets no gradient through. Published
+      presets have it off.
     * Online without logged data the trust region is weaker (``online_trust_region_coef``), and noise is added to the actions
       that are tried (``exploration_noise``): the paper and its code are offline only.
-    * Vector observations are normalised (``normalize_observations``). Presets have it off.
+    * Vector observations are normalised (``normalize_observations``). Published presets have it off.
     * With pretraining, the actor is pretrained too (``pretrain_actor``), and the target critic is copied from the critic
       at its end (``sync_target_after_pretraining``); in the authors' code it is still the random initial one.
     * ``n_action_samples=1`` by default; the authors' code draws one of 1024 candidates by a softmax of target values, which
-      the paper's Algorithm 1 does not contain. Presets have 1024.
+      the paper's Algorithm 1 does not contain. Published presets have 1024.
     * ``n_pretrain_steps=0`` by default; the authors' code trains $\mu_\phi$ and the critic for 50,000 steps first,
-      Algorithm 1 does not. Presets have 50,000.
+      Algorithm 1 does not. Published presets have 50,000.
     * The value function learns from the online critics, as in the authors' code; ``value_from_target=True`` is the paper.
     * The trust-region loss is a mean over action dimensions, as in the code; the paper sums.
     * The implicit actor is one preconditioned denoising step bounded by a hyperbolic tangent; the authors' is the network's
@@ -198,7 +198,10 @@ class DTQL(ActorCriticAlgorithm):
         check_range("nll_coef", nll_coef, 0.0)
         if not 0.0 < expectile < 1.0:
             raise ValueError(f"`expectile` must lie in (0, 1): got {expectile}.")
-        check_range("sigma_max", sigma_max, sigma_min)
+        if not 0.0 < sigma_min <= sigma_max < float("inf"):
+            raise ValueError(
+                f"`sigma_min` must be positive and at most `sigma_max`, which must be finite: got {sigma_min} and {sigma_max}."
+            )
         check_choice("regularizer", regularizer, ("trust_region", "kl"))
         check_choice("actor_type", actor_type, ("gaussian", "implicit"))
         check_choice("q_normalization", q_normalization, ("advantage", "magnitude", None))
@@ -312,7 +315,7 @@ class DTQL(ActorCriticAlgorithm):
                 self._update_critic_target()
             self._n_updates += 1
             if self.ema_decay > 0.0:  # from the start an average over the updates so far
-                self.actor.update_average(min(self.ema_decay, self._n_updates / (self._n_updates + 10)))
+                self.actor.update_average(warmed_up_decay(self.ema_decay, self._n_updates))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _count_pretraining_step(self) -> None:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import is_wrapped, make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import PolicyPredictor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_wrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_wrapper
 
+from sb3_diffusion.datasets.env_specs import register_robotics
 from sb3_diffusion.evaluation.statistics import Statistic, bootstrap_interval, interquartile_mean
 
 if TYPE_CHECKING:
@@ -163,6 +165,8 @@ def evaluate(
     finally:
         if made_here:
             vec_env.close()
+        elif isinstance(model, BaseAlgorithm) and _same_env(vec_env, model.get_env()):
+            model._last_obs = None  # where its training stood is gone: the next rollout begins with a reset
     episode_returns = np.asarray(returns, dtype=np.float64)
     return EvaluationResult(
         returns=episode_returns,
@@ -193,10 +197,23 @@ def _to_vec_env(env: EvaluationEnv, n_episodes: int, n_envs: int | None, seed: i
         spec = env
         return make_vec_env(lambda: gym.make(spec), n_envs, seed), True
     if isinstance(env, str) or callable(env):
+        if isinstance(env, str):
+            register_robotics(env)
         return make_vec_env(env, n_envs, seed), True
     raise TypeError(
         f"Expected an env id, an EnvSpec, a function that makes an env, a Gymnasium env or a VecEnv: got {type(env).__name__}."
     )
+
+
+def _same_env(first: VecEnv, second: VecEnv | None) -> bool:
+    """Whether the innermost environment of both is the same object, whatever is around it."""
+
+    def innermost(env: Any) -> Any:
+        while isinstance(env, VecEnvWrapper):
+            env = env.venv
+        return env.envs[0].unwrapped if isinstance(env, DummyVecEnv) else env
+
+    return second is not None and innermost(first) is innermost(second)
 
 
 @contextmanager
@@ -260,6 +277,6 @@ def _normalized_scores(
         return 100.0 * (returns - ref_min_score) / (ref_max_score - ref_min_score)
     if dataset is None:
         dataset = getattr(model, "dataset", None)
-    if dataset is None or dataset.ref_min_score is None or dataset.ref_max_score is None:
+    if dataset is None or not dataset.has_reference_scores:
         return None
     return np.asarray(dataset.normalized_score(returns), dtype=np.float64)

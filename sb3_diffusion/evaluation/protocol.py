@@ -272,7 +272,7 @@ def behavior(dataset: Any) -> dict[str, Any] | None:
         return None
     returns = dataset.episode_returns
     mean, best = float(returns.mean()), float(returns.max())
-    known = dataset.ref_min_score is not None and dataset.ref_max_score is not None
+    known = dataset.has_reference_scores
     return {
         "dataset": dataset.name,
         "n_episodes": len(returns),

@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 
 from sb3_diffusion.datasets import OfflineDataset, load_dataset
+from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX
 from sb3_diffusion.sweep.results import SweepResults
 from sb3_diffusion.sweep.settings import SweepSettings
 
@@ -81,9 +82,14 @@ def _ray_tune() -> ModuleType:
 
 def _plain(settings: SweepSettings) -> SweepSettings:
     """With lists, for JSON, and with full paths, as the trials have other working directories."""
-    datasets = [str(Path(d).resolve()) if d is not None and Path(d).is_file() else d for d in settings.datasets]
+    datasets = [d if d is None or not _is_path(d) else str(Path(d).resolve()) for d in settings.datasets]
     params = {name: list(values) for name, values in settings.params.items()}
     return replace(settings, algos=list(settings.algos), datasets=datasets, seeds=list(settings.seeds), params=params)
+
+
+def _is_path(dataset: str) -> bool:
+    """Whether it is a file or a memory-mapped folder; another folder of that name does not make a path of an id."""
+    return Path(dataset).is_file() or Path(dataset).suffix == MEMORY_MAPPED_SUFFIX
 
 
 def _check_source(dataset: str | None, env: str | None) -> None:
