@@ -13,6 +13,7 @@ from exact_denoisers import exact_chain
 from gymnasium import spaces
 from scipy.stats import spearmanr
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
@@ -482,6 +483,37 @@ def test_terminations() -> None:
     np.testing.assert_allclose(reached, [0.8 * w_1, w_1], atol=0.12)
 
 
+@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize("alive_flag", [True, False])
+def test_what_is_distilled_where_episodes_end(alive_flag: bool, n_steps: int) -> None:
+    """Without the flag a reward function goes on paying for a terminal state, as in the measure; learned rewards never do."""
+    model = make(ending_data(200), gamma=0.8, n_diffusion_steps=3, alive_flag=alive_flag, n_steps=n_steps, n_chain_levels=1)
+
+    def reward_fn(states: np.ndarray) -> np.ndarray:
+        return 2.0 + states[:, 0]
+
+    batch = model.sample_batch(64)
+    chain = model._draw_chain(batch)
+    ended = batch.dones[chain.rows, 0] > 0.0
+    model.set_reward_fn(reward_fn)
+    means = model._flow_means(batch, chain)[ended, 0]
+    shares = th.full((64,), 0.8) if batch.discounts is None else batch.discounts[:, 0]
+    seen = batch.next_observations if n_steps == 1 else batch.future_observations
+    at_last_state = shares * (0.0 if alive_flag else 4.0)
+    expected = (1.0 - shares) * th.as_tensor(reward_fn(seen.numpy())) + at_last_state
+    assert 0 < ended.sum() < 64
+    th.testing.assert_close(means, expected[chain.rows][ended])
+    model.set_reward_fn(None)
+    nets = model.policy.reward_model
+    for net in (nets.action_net, nets.state_net):
+        for parameter in net.parameters():
+            parameter.data.zero_()
+    nets.mean.fill_(5.0)
+    before_the_end = (batch.offsets < batch.steps_remaining)[:, 0] if n_steps > 1 else th.zeros(64, dtype=th.bool)
+    expected = (1.0 - shares) * 5.0 * before_the_end
+    th.testing.assert_close(model._flow_means(batch, chain)[ended, 0], expected[chain.rows][ended])
+
+
 @pytest.mark.expensive
 def test_an_absorbing_state_takes_all_mass() -> None:
     """Without the flag a terminal state goes on for ever; with gamma near 1 nothing else is left."""
@@ -570,6 +602,47 @@ def test_another_policy_is_measured() -> None:
     model.set_dataset(None)
     with pytest.raises(RuntimeError, match="set_dataset"):
         model.start_values()
+
+
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_values_over_a_horizon_have_so_many_rewards(horizon: int) -> None:
+    """Where each reward is 1, whichever rewards; the first of the learned ones is the action's, the others are of futures."""
+    model = make(line_data(200), horizon=horizon, n_diffusion_steps=3, alive_flag=False)
+    nets = model.policy.reward_model
+    for net in (nets.action_net, nets.state_net):
+        for parameter in net.parameters():
+            parameter.data.zero_()
+    nets.mean.fill_(1.0)
+    asked: list[float] = []  # the number of futures that the measure is told
+    condition = model.measure.target.condition
+    model.measure.target.condition = lambda *args: (
+        asked.append(round(1.0 / condition(*args)[0, -1].item())) or condition(*args)
+    )
+    states, action = np.zeros((2, 1), np.float32), np.zeros(1, np.float32)
+    for n in {None, 1, horizon}:
+        total, asked[:] = horizon if n is None else n, []
+        np.testing.assert_allclose(model.value(states, action, n_samples=4, horizon=n), total, rtol=1e-5)
+        ones = model.value(states, action, lambda states: np.ones(len(states)), n_samples=4, horizon=n)
+        np.testing.assert_allclose(ones, total, rtol=1e-5)
+        assert asked == [max(1, total - 1), total]
+    np.testing.assert_allclose(model.estimate_value(4).values, horizon, rtol=1e-5)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_what_is_distilled_over_a_horizon(learned: bool) -> None:
+    """The mean of the targets over the offsets is that of n rewards: the action's own and n - 1, or n of states reached."""
+    model = make(line_data(200), horizon=3, n_diffusion_steps=3, alive_flag=False, train_agent=True)
+    model.policy.state_rewards = lambda x, _reward_fn: x[:, :1]  # the coded state is its reward
+    model.reward_fn = None if learned else lambda states: np.zeros(len(states))
+    rewards, own = th.tensor([[7.0], [11.0], [13.0]]), 5.0  # of the states 1, 2 and 3 steps on, and of the action
+    for n in (1, 2, 3):
+        batch = model.sample_batch(n)._replace(
+            offsets=th.arange(1, n + 1)[:, None], n_future=th.full((n, 1), n), step_rewards=th.full((n, 1), own)
+        )
+        mixture = model.policy.mixture(learned, batch.n_future)
+        targets = mixture.first * batch.step_rewards + mixture.rest * model._logged_means(batch, rewards[:n])
+        summed = own + rewards[: n - 1].sum() if learned else rewards[:n].sum()
+        assert float((mixture.n_steps * targets).mean()) == pytest.approx(float(summed))
 
 
 # Use ------------------------------------------------------------------------------------------------------------------
@@ -742,7 +815,7 @@ def test_critic_loss_row_by_row() -> None:
     for row in range(6):
         one = slice(row, row + 1)
         following, action = batch.next_observations[one], batch.actions[one]
-        proposed = (policy.actor_target.moments(following)[0] + noise[one]).clamp(-1.0, 1.0)
+        proposed = (policy.actor_target.mean_and_log_std(following)[0] + noise[one]).clamp(-1.0, 1.0)
         value = policy.critic_target(following, proposed).min()
         if batch.has_next_actions[row] == 1.0:
             value = value - 0.7 * (proposed - batch.next_actions[one]).square().sum()
@@ -762,7 +835,7 @@ def test_the_penalty_row_by_row(kind: str) -> None:
     measure, batch, n = model.measure.target, model.sample_batch(6), 6
     batch = batch._replace(absorbed=th.zeros(n, 1).index_fill(0, th.tensor([1]), 1.0), unknown=th.eye(n)[:, 2:3])
     start, noise, levels = th.randn(n, 2), th.randn(n, 2), th.tensor([0, 1, 2, 3, 4, 2])
-    actions = model.actor.moments(batch.observations)[0]
+    actions = model.actor.mean_and_log_std(batch.observations)[0]
     expected = []
     for row in range(n):
         one, level = slice(row, row + 1), levels[row : row + 1]
@@ -826,6 +899,31 @@ def test_rebrac_goes_to_the_reward_and_survives_a_file(tmp_path: Path) -> None:
     for each in (model, loaded):
         each.learn(3, reset_num_timesteps=False)
     np.testing.assert_array_equal(model.predict(points)[0], loaded.predict(points)[0])
+
+
+class NormExtractor(FlattenExtractor):
+    """With batch normalisation."""
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        super().__init__(observation_space)
+        self.norm = nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(super().forward(observations))
+
+
+def test_targets_of_rebrac_get_the_statistics_as_they_are() -> None:
+    """Copied where the weights do not move at all."""
+    model = rebrac_model(critic_tau=0.0, policy_kwargs=dict(net_arch=[8], features_extractor_class=NormExtractor))
+    policy = model.policy
+    pairs = [(policy.actor_target, policy.actor), (policy.critic_target, policy.critic)]
+    before = [[parameter.clone() for parameter in target.parameters()] for target, _ in pairs]
+    model.learn(4)
+    for (target, online), weights in zip(pairs, before, strict=True):
+        norm, statistics = online.features_extractor.norm, target.features_extractor.norm
+        assert not th.equal(norm.running_mean, th.zeros(1)) and not norm.weight.equal(statistics.weight)
+        assert norm.running_mean.equal(statistics.running_mean) and norm.running_var.equal(statistics.running_var)
+        assert all(map(th.equal, target.parameters(), weights))
 
 
 @pytest.mark.parametrize("name", sorted(BellmanDiffusion.presets))

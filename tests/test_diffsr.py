@@ -37,6 +37,7 @@ from sb3_diffusion.diffsr.networks import (
     feature_noise_betas,
     unit_features,
 )
+from sb3_diffusion.diffsr.policies import SpectralCritic
 from sb3_diffusion.wrappers import VelocityMask
 
 OBS_DIM, ACTION_DIM = 3, 2
@@ -523,9 +524,7 @@ def test_bonus_is_added_to_rewards_online_only() -> None:
     batch = model.sample_batch(16)
     with th.no_grad():
         psi = model.critic_target.spectral_features(batch.observations, batch.actions)
-        phi, covariance = unit_features(psi), model.policy.feature_covariance.clone()
-        moved = covariance + model.tau * (phi.T @ phi / 16 - covariance)
-        bonus = 0.5 * elliptical_bonus(phi, moved, 11)
+        bonus = 0.5 * elliptical_bonus(unit_features(psi), model.policy.feature_covariance, 11)
         values = model.critic.q_net(psi)
         expected = (values - batch.rewards - bonus).square().mean(dim=(1, 2)).sum()
         th.testing.assert_close(critic_loss(model, batch), expected)
@@ -533,6 +532,27 @@ def test_bonus_is_added_to_rewards_online_only() -> None:
         model._offline = True
         plain = (values - batch.rewards).square().mean(dim=(1, 2)).sum()
         th.testing.assert_close(critic_loss(model, batch), plain)
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(n_feature_steps=3, critic_trains_features=True)])
+def test_covariance_moves_once_per_update(kwargs: dict[str, Any]) -> None:
+    """From 0 its trace comes to $1 - (1 - \tau)^n$, as all features have length 1; losses leave it alone."""
+    model = make_model(POINT_ENV, exploration_coef=0.5, tau=0.1, **kwargs).learn(13)
+    covariance = model.policy.feature_covariance.clone()
+    assert model._n_updates == 3
+    assert covariance.trace().item() == pytest.approx(1.0 - 0.9**3, rel=1e-3)
+    batch = model.sample_batch(16)
+    critic_loss(model, batch)
+    assert th.equal(model.policy.feature_covariance, covariance)
+    with th.no_grad():
+        phi = unit_features(model.critic_target.spectral_features(batch.observations, batch.actions))
+    model._move_feature_covariance(batch)
+    th.testing.assert_close(model.policy.feature_covariance, 0.9 * covariance + 0.1 * phi.T @ phi / 16)
+
+
+def test_bonus_in_bfloat16() -> None:
+    model = make_model(POINT_ENV, exploration_coef=0.5, precision="bfloat16").learn(12)
+    assert model.policy.feature_covariance.dtype == th.float32 and model.policy.feature_covariance.trace() > 0.0
 
 
 # The update -------------------------------------------------------------------------------------------------------------
@@ -662,6 +682,19 @@ def test_the_critic_sees_the_averaged_features() -> None:
 
 def optimizers_of(model: DiffSR) -> tuple[th.optim.Optimizer, ...]:
     return model.actor.optimizer, model.critic.optimizer, model.critic.feature_optimizer
+
+
+@pytest.mark.parametrize("name", ["critic", "critic_target"])
+@pytest.mark.parametrize("trainable_frequencies", [True, False])
+def test_files_of_the_critic(name: str, trainable_frequencies: bool, tmp_path: Path) -> None:
+    """With or without what teaches the features, which a target does not have."""
+    critic = getattr(make_model(trainable_frequencies=trainable_frequencies, policy_kwargs=dict(n_critics=3)).policy, name)
+    critic.save(tmp_path / "critic")
+    loaded = SpectralCritic.load(tmp_path / "critic", device="cpu")
+    state, batch = critic.state_dict(), make_batch()
+    assert state.keys() == loaded.state_dict().keys()
+    assert all(th.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    assert th.equal(loaded(batch.observations, batch.actions), critic(batch.observations, batch.actions))
 
 
 def test_learning_rates() -> None:

@@ -1,5 +1,6 @@
 """Diffuser (arXiv 2205.09991): known laws, slow loops, counts of calls, plans and how they are followed."""
 
+import inspect
 import math
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from sb3_diffusion import Diffuser, OfflineDataset, PDTracker, Plan, PlanningWra
 from sb3_diffusion.buffers import TrajectorySamples
 from sb3_diffusion.common.samplers import steps_between
 from sb3_diffusion.common.schedules import cosine_betas
+from sb3_diffusion.diffuser import presets
 from sb3_diffusion.diffuser.policies import DiffuserPolicy
 from sb3_diffusion.diffuser.windows import shift_windows
 
@@ -1572,6 +1574,11 @@ PUBLISHED = {
         default_total_timesteps=500_000,
     ),
 }
+
+
+def test_what_the_presets_share_is_not_our_default() -> None:
+    defaults = inspect.signature(Diffuser.__init__).parameters
+    assert [name for name, value in presets.PUBLISHED.items() if defaults[name].default == value] == []
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,5 +1,6 @@
 """Diffusion-QL's networks, losses and update (arXiv 2208.06193) against slow loops, known numbers and counts of calls."""
 
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,14 @@ from exact_denoisers import exact_chain
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 from sb3_diffusion import DiffusionQL, OfflineDataset
 from sb3_diffusion.common.schedules import vp_betas
 from sb3_diffusion.common.utils import minimize
+from sb3_diffusion.diffusion_ql import presets
 from sb3_diffusion.diffusion_ql.policies import DiffusionActor, DiffusionQLPolicy
 
 OBS_DIM, ACTION_DIM = 3, 2
@@ -881,6 +883,30 @@ def test_average_follows_the_tensors_of_a_moved_model() -> None:
     assert th.equal(averaged.normalizer.mean_0, normalizer.mean_0)
 
 
+class CountingExtractor(FlattenExtractor):
+    """Counts the batches that it is trained on, and remembers the last one."""
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        super().__init__(observation_space)
+        self.register_buffer("n_batches", th.zeros((), dtype=th.int64))
+        self.register_buffer("last", th.zeros(()), persistent=False)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        if self.training:
+            self.n_batches += 1
+            self.last.copy_(observations.sum())
+        return super().forward(observations)
+
+
+def test_targets_and_averages_copy_the_buffers_of_a_state() -> None:
+    """Of any type; what is no part of a state is left alone."""
+    model = make_model(policy_kwargs=dict(features_extractor_class=CountingExtractor), tau=0.0, ema_decay=1.0)
+    model.train(gradient_steps=3, batch_size=16)
+    for follower, leader in ((model.actor_target, model.actor), (model.critic_target, model.critic)):
+        assert follower.features_extractor.n_batches == leader.features_extractor.n_batches > 0
+        assert follower.features_extractor.last == 0.0 != leader.features_extractor.last
+
+
 @pytest.mark.parametrize(
     ("ema_start", "ema_interval", "moves"), [(4, 3, (6, 9, 12)), (6, 3, (6, 9, 12)), (5, 1, range(5, 14))]
 )
@@ -936,6 +962,21 @@ def test_which_weights_act(acts_with_average: bool, n_action_samples: int) -> No
     np.testing.assert_array_equal(actions, model.predict(observations, deterministic=True)[0])
     perturb((model.actor_target if acts_with_average else model.actor.denoiser).parameters())
     assert np.abs(actions - model.predict(observations, deterministic=True)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("acts_with_average", [True, False])
+def test_files_of_the_actor_remember_which_weights_act(acts_with_average: bool, tmp_path: Path) -> None:
+    model = make_model(acts_with_average=acts_with_average, learning_rate=1e-2)
+    model.train(gradient_steps=20, batch_size=16)
+    model.actor.save(tmp_path / "actor")
+    loaded = DiffusionActor.load(tmp_path / "actor", device="cpu")
+    expected, _ = model.actor.predict(some_observations(5), deterministic=True)
+    np.testing.assert_array_equal(loaded.predict(some_observations(5), deterministic=True)[0], expected)
+    model.actor.acts_with_average = not acts_with_average
+    assert not np.array_equal(model.actor.predict(some_observations(5), deterministic=True)[0], expected)
+    model.policy.save(tmp_path / "policy")
+    policy = DiffusionQLPolicy.load(tmp_path / "policy", device="cpu")
+    assert policy.actor.acts_with_average is not acts_with_average
 
 
 def test_learning_does_not_notice_which_weights_act() -> None:
@@ -1071,6 +1112,11 @@ def settings_of(model: DiffusionQL) -> dict[str, Any]:
 
 def test_every_published_task_has_a_preset() -> None:
     assert set(DiffusionQL.presets) == {*PUBLISHED, "locomotion"}
+
+
+def test_what_the_presets_share_is_not_our_default() -> None:
+    defaults = inspect.signature(DiffusionQL.__init__).parameters
+    assert [name for name, value in presets.PUBLISHED.items() if defaults[name].default == value] == []
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from algos import VARIANTS, AlgoSpec
+from algos import ALGOS, VARIANTS, AlgoSpec
 from gymnasium import spaces
 from safetensors.torch import save_file
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_diffusion import DTQL, OfflineDataset
+from sb3_diffusion import OfflineDataset
 from sb3_diffusion.common.distributed import process_rank
 
 N_UPDATES = 3
@@ -68,19 +68,13 @@ def train_offline(spec: AlgoSpec) -> dict[str, th.Tensor]:
     return {**{name: value.clone() for name, value in model.policy.state_dict().items()}, **losses}
 
 
-def train_online() -> dict[str, th.Tensor]:
-    """:return: weights after some steps in an environment of its own, and the observations that were met"""
-    model = DTQL(
-        "MlpPolicy",
-        "Pendulum-v1",
-        batch_size=8,
-        learning_starts=10,
-        seed=process_rank(),  # even so all begin with the weights of the first one
-        device="cpu",
-        policy_kwargs=dict(net_arch=[16]),
-    )
+def train_online(spec: AlgoSpec) -> dict[str, th.Tensor]:
+    """
+    :param spec: of the registry
+    :return: weights and statistics after some steps in an environment of its own, and the observations that were met
+    """
+    model = spec.make("Pendulum-v1", seed=process_rank())  # even so all begin with the weights of the first one
     model.learn(30)
-    assert model.replay_buffer is not None
     met = th.from_numpy(np.asarray(model.replay_buffer.observations)[:30].copy())
     return {**{name: value.clone() for name, value in model.policy.state_dict().items()}, "met": met}
 
@@ -91,7 +85,8 @@ def main(folder: Path) -> None:
     th.distributed.init_process_group("gloo")
     for spec in VARIANTS:
         save_file(train_offline(spec), folder / f"{spec.name}.{process_rank()}")
-    save_file(train_online(), folder / f"online.{process_rank()}")
+    for spec in ALGOS:
+        save_file(train_online(spec), folder / f"online.{spec.name}.{process_rank()}")
     th.distributed.destroy_process_group()
 
 

@@ -23,7 +23,7 @@ from sb3_diffusion.bellman_diffusion.presets import PRESETS
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
-from sb3_diffusion.common.distributed import average, standard_deviation
+from sb3_diffusion.common.distributed import average, standard_deviation, take_from_first
 from sb3_diffusion.common.policies import take_rows
 from sb3_diffusion.common.schedules import log_logistic_sigmas
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
@@ -90,7 +90,8 @@ class BellmanDiffusion(MeasureAlgorithm):
     :param n_pretrain_steps: gradient steps in which the actor imitates the data before it follows the value, offline
     :param horizon: None learns the discounted measure; a number learns that of Algorithm 1 from logged futures, uniform over
         the next $n$ states, for all $n$ from 1 to ``horizon`` in equal shares. Values are then sums over ``horizon`` steps
-        without discount; value and actor are distilled from the mean over all $n$
+        without discount, of the rewards of the states that these reach, or of learned rewards that of the action's own step
+        and of the ``horizon - 1`` after it; value and actor are distilled from the mean over all $n$
     :param measured_policy: whose futures: ``"data"`` takes the logged next actions, the policy that made the data;
         ``"actor"`` those of the distilled actor, which improves while it learns (policy iteration)
     :param scheme: where the noisy states of the bootstrapped loss come from: ``"stopped"``, the target's reverse chain;
@@ -103,7 +104,8 @@ class BellmanDiffusion(MeasureAlgorithm):
     :param sampler: ``"ddim"``, ``"dpm_solver"`` or ``"heun"``
     :param n_sampling_steps: steps of the sampler, at most ``n_diffusion_steps``; None for all. Only its levels are trained
     :param level_weighting: ``"uniform"`` or ``"ddpm"``
-    :param alive_flag: model whether the episode still runs; without it a terminal state counts for ever
+    :param alive_flag: model whether the episode still runs; without it a terminal state counts for ever, but
+        for ReBRAC's critics
     :param reward_fn: rewards of states that are reached, vectorised, see `set_reward_fn`; None for a reward model that is
         learned from the logged rewards
     :param n_action_samples: 1 acts with the distilled actor; above, the best of so many candidates under the measure
@@ -376,6 +378,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         if self._n_updates == 0 and self.dataset is None:
             assert isinstance(self.replay_buffer, FutureStateReplayBuffer)
             self._fit_to_buffer(self.replay_buffer)
+            take_from_first(self.policy.buffers(), self.device)  # several processes have replay buffers of their own
         self.policy.set_training_mode(True)
         self._update_learning_rate([network.optimizer for network in self.policy.trained_networks.values()])
         distills = self.train_agent and self.agent == "distilled"
@@ -385,7 +388,7 @@ class BellmanDiffusion(MeasureAlgorithm):
                 futures = self._logged_futures(batch)
                 self._step("measure", self._logged_loss(batch, futures))
                 rows = th.arange(len(futures), device=self.device)
-                means = self._logged_means(futures) if distills else None
+                means = self._logged_means(batch, futures) if distills else None
             else:
                 chain = self._draw_chain(batch)
                 drawn = self._draw_for_measure_loss(chain, len(batch.actions))
@@ -417,22 +420,30 @@ class BellmanDiffusion(MeasureAlgorithm):
     def _flow_means(self, batch: FutureStateSamples, chain: Chain) -> th.Tensor:
         r"""
         $(1 - \gamma) R(s') + \gamma R(x')$ with $x' \sim \bar d(\cdot | s', a')$: one sample of $E_{d(\cdot | s, a)}[R]$ per
-        chain.
+        chain. Where the episode ended, $x'$ is its last state, no longer alive.
         """
         policy, rows = self.policy, chain.rows
         discounts = self._discounts(batch)[rows].unsqueeze(1)
         ended = batch.dones[rows]
         at_end = ended if self.n_steps == 1 else ended * (batch.offsets == batch.steps_remaining)[rows]
         seen_rewards = policy.state_rewards(self.measure.coder(take_rows(self._seen_states(batch), rows)), self.reward_fn)
+        absorbed = self.measure.coder(take_rows(batch.next_observations, rows), alive=0.0)
+        later_rewards = policy.state_rewards(th.where(ended > 0.0, absorbed, chain.clean), self.reward_fn)
         if self.reward_fn is None:  # no action is taken in a terminal state
-            seen_rewards = (1.0 - at_end) * seen_rewards
-        later_rewards = (1.0 - ended) * policy.state_rewards(chain.clean, self.reward_fn)
+            seen_rewards, later_rewards = (1.0 - at_end) * seen_rewards, (1.0 - ended) * later_rewards
         return (1.0 - discounts) * seen_rewards + discounts * later_rewards
 
     @th.no_grad()
-    def _logged_means(self, futures: th.Tensor) -> th.Tensor:
-        r"""$R(s_{t+k})$: one sample of $E_{d(\cdot | s, a)}[R]$ per row."""
-        return self.policy.state_rewards(futures, self.reward_fn)
+    def _logged_means(self, batch: FutureStateSamples, futures: th.Tensor) -> th.Tensor:
+        r"""
+        $R(s_{t+k})$: one sample of $E_{d(\cdot | s, a)}[R]$ per row. Over $n$ steps with learned rewards, the first of which
+        is the action's own, one of $E_{d_{n-1}}[\bar r]$: $\frac{n}{n-1} \bar r(s_{t+k})$ for $k < n$, and 0 for $k = n$.
+        """
+        means = self.policy.state_rewards(futures, self.reward_fn)
+        if self.horizon is None or self.reward_fn is not None:
+            return means
+        n = batch.n_future
+        return (batch.offsets < n) * n / (n - 1).clamp(min=1) * means
 
     @accelerated
     def _value_loss(self, batch: FutureStateSamples, rows: th.Tensor, means: th.Tensor) -> th.Tensor:
@@ -455,7 +466,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         $-E[\min(e^{(q(s, a) - v(s)) / \lambda}, w_{max}) \log \pi(a | s)]$ (arXiv 1910.00177, algorithm 1), the weights
         divided by their mean; while pretraining they are all 1.
         """
-        mean, log_std = self.actor.moments(batch.observations)
+        mean, log_std = self.actor.mean_and_log_std(batch.observations)
         nll = 0.5 * ((batch.actions - mean) / log_std.exp()).square() + log_std
         if self.pretraining:
             return nll.mean()
@@ -500,7 +511,7 @@ class BellmanDiffusion(MeasureAlgorithm):
             rewards = batch.rewards
             if self.reward_fn is not None:
                 rewards = policy.state_rewards(self.measure.coder(batch.next_observations), self.reward_fn)
-            mean, _ = policy.actor_target.moments(batch.next_observations)
+            mean, _ = policy.actor_target.mean_and_log_std(batch.next_observations)
             actions = (mean + noise).clamp(-1.0, 1.0)
             distances = (actions - batch.next_actions).square().sum(dim=1, keepdim=True) * batch.has_next_actions
             values = policy.critic_target(batch.next_observations, actions).amin(dim=0) - self.critic_bc_coef * distances
@@ -515,7 +526,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         $E[-Q(s, \pi(s))] / E|Q| + \beta_1 E[\|\pi(s) - a\|^2 + \rho\, p]$ with the penalty $p$ on the measure (the authors'
         code of version 2); while pretraining the distance alone.
         """
-        actions, _ = self.actor.moments(batch.observations)
+        actions, _ = self.actor.mean_and_log_std(batch.observations)
         distances = (actions - batch.actions).square().sum(dim=1)
         if self.pretraining:
             return distances.mean()

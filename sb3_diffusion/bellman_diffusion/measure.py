@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PolicyPredictor, PyTorchObs
 
-from sb3_diffusion.bellman_diffusion.networks import GaussianActor, MeasureNetwork, fit_scale
+from sb3_diffusion.bellman_diffusion.networks import ClippedGaussianActor, MeasureNetwork, fit_scale
 from sb3_diffusion.bellman_diffusion.policies import BellmanDiffusionPolicy, RewardFunction, as_arrays
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
@@ -69,7 +69,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
 
     buffer_class: ClassVar[type[EpisodeReplayBuffer]] = FutureStateReplayBuffer
     policy: BellmanDiffusionPolicy
-    actor: GaussianActor
+    actor: ClippedGaussianActor
     measure: MeasureNetwork  # f_theta; its average is f_theta-bar
 
     def __init__(
@@ -414,8 +414,12 @@ class MeasureAlgorithm(OfflineAlgorithm):
         horizon: int | None = None,
     ) -> np.ndarray:
         r"""
-        Values of actions, $\frac{1}{1 - \gamma} E_d[R]$ (with ``horizon`` $n E_{d_n}[R]$), or with learned rewards
-        $r(s, a) + \frac{\gamma}{1 - \gamma} E_d[\bar r]$. States after a termination earn nothing.
+        Values of actions, $\frac{1}{1 - \gamma} E_d[R]$, or with learned rewards
+        $r(s, a) + \frac{\gamma}{1 - \gamma} E_d[\bar r]$. States after a termination earn nothing; without an
+        alive flag there are none, as the terminal state lasts.
+
+        Of a model with a ``horizon`` they are sums over $n$ steps without discount, $n E_{d_n}[R]$ or
+        $r(s, a) + (n - 1) E_{d_{n-1}}[\bar r]$.
 
         All rows and calls draw futures from the same noises: values of several actions differ by the actions alone.
 
@@ -423,7 +427,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         :param actions: the actions taken there, in env units, or one for all
         :param reward_fn: rewards of reached states as in `set_reward_fn`; None for the model's
         :param n_samples: futures per observation
-        :param horizon: number of states that are left, as in `sample_future`
+        :param horizon: $n$, at most the model's own, which None takes; for a model with one
         :return: shape ``(batch_size,)``; a single number for a single observation
         """
         check_range("n_samples", n_samples, 1)
@@ -471,7 +475,8 @@ class MeasureAlgorithm(OfflineAlgorithm):
 
         :param n_samples: futures per start
         :param confidence: of the bootstrap interval
-        :return: the mean value, its interval, and the values it is made of; discounted by ``gamma``
+        :return: the mean value, its interval, and the values it is made of: discounted by ``gamma``, or of a model with a
+            ``horizon`` sums over so many steps
         :raises RuntimeError: without a dataset
         """
         values = self.start_values(n_samples)

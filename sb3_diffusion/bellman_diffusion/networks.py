@@ -355,9 +355,9 @@ class MeasureValue(Network):
         return dict(super()._get_constructor_parameters(), **self._own_arguments)
 
 
-class GaussianActor(Actor):
+class ClippedGaussianActor(Actor):
     r"""
-    The distilled actor, $a = \mu(s) + \sigma(s) z$, bounded to [-1, 1]; ``deterministic=True`` acts with $\mu$.
+    $a = \mu(s) + \sigma(s) z$, clipped to [-1, 1], with $\mu$ inside of it; ``deterministic=True`` acts with $\mu$.
 
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation after each of them
@@ -383,7 +383,7 @@ class GaussianActor(Actor):
         if average:
             self.add_average()
 
-    def moments(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+    def mean_and_log_std(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         r"""
         :param observations: batch of observations
         :return: $\mu$ and $\log \sigma$, each of shape ``(batch_size, action_dim)``
@@ -398,7 +398,7 @@ class GaussianActor(Actor):
         :param latents: $z$, shape ``(batch_size, action_dim)``
         :return: actions in [-1, 1], shape ``(batch_size, action_dim)``
         """
-        mean, log_std = self.moments(observations)
+        mean, log_std = self.mean_and_log_std(observations)
         return (mean + log_std.exp() * latents).clamp(-1.0, 1.0)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -16,11 +16,16 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_diffusion.bellman_diffusion.networks import GaussianActor, MeasureNetwork, MeasureValue, RewardModel, StateModel
+from sb3_diffusion.bellman_diffusion.networks import (
+    ClippedGaussianActor,
+    MeasureNetwork,
+    MeasureValue,
+    RewardModel,
+    StateModel,
+)
 from sb3_diffusion.common.policies import ActionDenoiser, DiffusionPolicy, QCritic, n_rows, repeat_rows
 from sb3_diffusion.common.samplers import sample_dpm_solver
 from sb3_diffusion.common.torch_layers import Mish
-from sb3_diffusion.common.utils import move_average
 
 RewardFunction = Callable[[Any], Any]
 """Rewards of states, vectorised: ``reward_fn(states) -> rewards`` from ``(n, *obs_shape)``, a dict of such arrays for ``Dict``
@@ -89,8 +94,8 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
     behavior: ActionDenoiser
     reward_model: RewardModel
     value: MeasureValue
-    actor: GaussianActor
-    actor_target: GaussianActor  # this one and the next three with `agent="rebrac"` alone
+    actor: ClippedGaussianActor
+    actor_target: ClippedGaussianActor  # this one and the next three with `agent="rebrac"` alone
     critic: QCritic
     critic_target: QCritic
     state_model: StateModel
@@ -193,7 +198,8 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
         self.value = MeasureValue(**network_arguments, net_arch=qf)
         self.has_critic = agent == "rebrac"
         self.target_names = ("actor_target", "critic_target") if self.has_critic else ()
-        self.actor = GaussianActor(**network_arguments, net_arch=pi, fixed_std=EXPLORATION_STD if self.has_critic else None)
+        fixed_std = EXPLORATION_STD if self.has_critic else None
+        self.actor = ClippedGaussianActor(**network_arguments, net_arch=pi, fixed_std=fixed_std)
         if self.has_critic:
             self.actor_target = deepcopy(self.actor).requires_grad_(False)
             self.critic = QCritic(**network_arguments, net_arch=qf, layer_norm=True)
@@ -213,12 +219,13 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
 
     def update_targets(self, tau: float) -> None:
         """
-        Move the targets of actor and critic towards them.
+        Move the weights of the targets of actor and critic towards theirs; running statistics of batch normalisation are
+        copied.
 
         :param tau: Polyak coefficient
         """
-        for network, target in ((self.actor, self.actor_target), (self.critic, self.critic_target)):
-            move_average(target.parameters(), list(network.parameters()), 1.0 - tau)
+        self.actor_target.follow(self.actor, 1.0 - tau)
+        self.critic_target.follow(self.critic, 1.0 - tau)
 
     def fit_states(self, observations: PyTorchObs) -> None:
         """
@@ -255,10 +262,10 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
     def mixture(self, learned: bool, steps: th.Tensor | None = None) -> Mixture:
         r"""
         $Q = E_d[R] / (1 - \gamma)$ for rewards of states reached, $Q = r(s, a) + \frac{\gamma}{1 - \gamma} E_d[\bar r]$ for
-        learned ones; over $n$ states $n E_{d_n}[R]$ and $r(s, a) + n E_{d_n}[\bar r]$.
+        learned ones; over $n$ steps $n E_{d_n}[R]$ and $r(s, a) + (n - 1) E_{d_{n-1}}[\bar r]$, $n$ rewards each.
 
         :param learned: whether rewards are the learned ones
-        :param steps: number of future states, for the finite-horizon form, any shape; None for ``horizon``
+        :param steps: $n$, for the finite-horizon form, any shape; None for ``horizon``
         :return: the weights
         """
         if self.horizon is None:
@@ -268,7 +275,7 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
                 else Mixture(0.0, 1.0, 1.0 / (1.0 - self.gamma))
             )
         n = self.horizon if steps is None else steps.float()
-        return Mixture(1.0 / (n + 1.0), n / (n + 1.0), n + 1.0) if learned else Mixture(0.0, 1.0, n)
+        return Mixture(1.0 / n, (n - 1.0) / n, n) if learned else Mixture(0.0, 1.0, n)
 
     def futures(
         self, observations: PyTorchObs, actions: th.Tensor, noise: th.Tensor, steps: th.Tensor | None = None
@@ -301,10 +308,13 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
         :param actions: in [-1, 1], shape ``(batch_size, action_dim)``
         :param noise: standard normal, shape ``(1, n_samples, dim)``: all rows share it, so that actions are compared fairly
         :param reward_fn: rewards of states; None for the learned ones
-        :param steps: number of future states, for the finite-horizon form, shape ``(batch_size, 1)``; None for ``horizon``
+        :param steps: number of steps that are summed, for the finite-horizon form, shape ``(batch_size, 1)``; None for
+            ``horizon``
         :return: shape ``(batch_size,)``
         """
         mixture = self.mixture(reward_fn is None, None if steps is None else steps.squeeze(1))
+        if reward_fn is None and self.horizon is not None:  # the first step is the action's own
+            steps = (actions.new_full((len(actions), 1), self.horizon) if steps is None else steps) - 1
         x = self.futures(observations, actions, noise, steps)
         mean = self.state_rewards(x, reward_fn).reshape(len(actions), -1).mean(dim=1)
         first: th.Tensor | float = 0.0

@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.policies import Actor, ActorCriticPolicy, QCritic, n_rows
@@ -82,9 +82,6 @@ class ActorCriticAlgorithm(OfflineAlgorithm):
         self.actor = self.policy.actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
-        # Running statistics of batch normalisation are copied into the target, not averaged
-        self._batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self._batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -110,7 +107,6 @@ class ActorCriticAlgorithm(OfflineAlgorithm):
 
     def _update_critic_target(self) -> None:
         self.policy.update_critic_target(self.tau)
-        polyak_update(self._batch_norm_stats, self._batch_norm_stats_target, 1.0)
 
     def _draw_action_noise(self, observations: PyTorchObs) -> th.Tensor:
         return self._draw_normal(n_rows(observations), self.actor.action_dim)
@@ -129,8 +125,7 @@ class ActorCriticAlgorithm(OfflineAlgorithm):
     # ---------------------------------------------------------------- files
 
     def _excluded_save_params(self) -> list[str]:
-        aliases = ["actor", "critic", "critic_target", "_batch_norm_stats", "_batch_norm_stats_target"]
-        return [*super()._excluded_save_params(), *aliases, "critic_lr_schedule"]
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "critic_lr_schedule"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", *[f"{name}.optimizer" for name in self._trained_networks()]], []

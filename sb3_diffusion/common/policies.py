@@ -122,7 +122,7 @@ class Network(PickleFreeModule, BaseModel):
         self.action_dim = get_action_dim(action_space)
         self.normalizer = ObservationNormalizer(observation_space) if normalize_observations else None
         self.averaged: Network | None = None
-        self._average_pairs: tuple[TensorPairs, TensorPairs] | None = None
+        self._followed: tuple[Network, TensorPairs, TensorPairs] | None = None  # the leader, weights, what is copied
 
     def features(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -147,19 +147,30 @@ class Network(PickleFreeModule, BaseModel):
         :param decay: share of the average that stays
         """
         assert self.averaged is not None
-        if self._average_pairs is None:  # to look for them takes as long as to move them
-            parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
-            self._average_pairs = (
-                [(averaged, parameters[name]) for name, averaged in self.averaged.named_parameters()],
-                [(averaged, buffers[name]) for name, averaged in self.averaged.named_buffers()],
+        self.averaged.follow(self, decay)
+
+    def follow(self, leader: "Network", decay: float) -> None:
+        """
+        Move the weights of this network, a target or an average, towards those of another one. The buffers in its state are
+        copied: running statistics of batch normalisation, fixed frequencies, frozen statistics.
+
+        :param leader: has weights and buffers of the same names and shapes; what else it has is left out
+        :param decay: share of the own weights that stays
+        """
+        if self._followed is None or self._followed[0] is not leader:  # to look for them takes as long as to move them
+            parameters, buffers, kept = dict(leader.named_parameters()), dict(leader.named_buffers()), self.state_dict()
+            self._followed = (
+                leader,
+                [(own, parameters[name]) for name, own in self.named_parameters()],
+                [(own, buffers[name]) for name, own in self.named_buffers() if name in kept],
             )
-        weights, copied = self._average_pairs
-        move_average([averaged for averaged, _ in weights], [trained for _, trained in weights], decay)
-        for averaged, trained in copied:
-            averaged.copy_(trained)
+        _, weights, copied = self._followed
+        move_average([own for own, _ in weights], [its for _, its in weights], decay)
+        for own, its in copied:
+            own.copy_(its)
 
     def _apply(self: SelfNetwork, *args: Any, **kwargs: Any) -> SelfNetwork:
-        self._average_pairs = None  # on another device tensors may be others
+        self._followed = None  # on another device tensors may be others
         return super()._apply(*args, **kwargs)
 
     def train(self: SelfNetwork, mode: bool = True) -> SelfNetwork:
@@ -184,18 +195,22 @@ class Actor(Network, BasePolicy):
     ``predict`` acts with the ``averaged`` weights if there are any (unless ``acts_with_average`` is False), and with the
     trained ones otherwise. ``deterministic=True`` takes $z = 0$. Otherwise latents come from ``generator``, or from torch's
     global one if None.
+
+    :param args: positional arguments of [Network][sb3_diffusion.common.policies.Network]
+    :param acts_with_average: act with the averaged weights where there are any
+    :param kwargs: further arguments of [Network][sb3_diffusion.common.policies.Network]
     """
 
     generator: th.Generator | None = None
-    acts_with_average: bool = True
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of $z$ for one row."""
         return (self.action_dim,)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, acts_with_average: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, squash_output=True, **kwargs)
+        self.acts_with_average = acts_with_average
 
     def latents(self, batch_size: int, deterministic: bool = False) -> th.Tensor:
         """
@@ -222,7 +237,8 @@ class Actor(Network, BasePolicy):
         return self.act(observation, self.latents(n_rows(observation), deterministic))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return dict(super()._get_constructor_parameters(), average=self.averaged is not None)
+        own = dict(average=self.averaged is not None, acts_with_average=self.acts_with_average)
+        return dict(super()._get_constructor_parameters(), **own)
 
 
 class ActionDenoiser(Network):
@@ -483,13 +499,12 @@ class ActorCriticPolicy(DiffusionPolicy):
 
     def update_critic_target(self, tau: float) -> None:
         """
-        Move the target's weights, those of its features extractor included, towards the critic's.
+        Move the target's weights, those of its features extractor included, towards the critic's; running statistics of
+        batch normalisation are copied.
 
         :param tau: Polyak coefficient
         """
-        online = dict(self.critic.named_parameters())
-        targets = dict(self.critic_target.named_parameters())
-        move_average(targets.values(), [online[name] for name in targets], 1.0 - tau)
+        self.critic_target.follow(self.critic, 1.0 - tau)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if self.n_action_samples == 1:

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
-from sb3_diffusion.common.distributed import average
+from sb3_diffusion.common.distributed import average, take_from_first
 from sb3_diffusion.common.utils import check_choice, check_range
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffsr.linear import LinearFit, fit_linear
@@ -368,6 +368,7 @@ class DiffSR(OfflineAlgorithm):
         self.policy.fit_normalizer(
             {key: stored(array) for key, array in observations.items()} if is_dict else stored(observations)
         )
+        take_from_first(self.policy.buffers(), self.device)  # several processes have replay buffers of their own
         self._n_steps_fitted = n_steps
 
     def _sample_single_steps(self, batch_size: int) -> Batch:
@@ -400,6 +401,8 @@ class DiffSR(OfflineAlgorithm):
             for _ in range(self.n_feature_steps):
                 batch = self.sample_batch(batch_size)
                 self._train_features(batch)
+            if self._explores:
+                self._move_feature_covariance(batch)
             critic_loss, targets, parts = self._critic_loss(batch, self._draw_normal(*batch.actions.shape))
             self._watch_targets(targets, batch.rewards)
             self._minimize("critic_loss", self.critic.optimizer, critic_loss, parts)
@@ -422,6 +425,15 @@ class DiffSR(OfflineAlgorithm):
         if self._critic_reaches_features:
             loss = loss + self._critic_loss(batch, self._draw_normal(*batch.actions.shape))[0]
         self._minimize("feature_loss", self.critic.feature_optimizer, loss, parts)
+
+    @property
+    def _explores(self) -> bool:
+        """Whether rewards have a bonus, which only happens online."""
+        return self.exploration_coef > 0.0 and not self._offline
+
+    def _move_feature_covariance(self, batch: Batch) -> None:
+        """Move the covariance of the features towards that of the batch."""
+        self.policy.feature_covariance.lerp_(average(self._second_moment(batch)), self.tau)
 
     def _train_actor(self, batch: Batch) -> None:
         """One step on the actor, and on the temperature if it is learned."""
@@ -491,7 +503,7 @@ class DiffSR(OfflineAlgorithm):
             discounts = self.gamma if batch.discounts is None else batch.discounts
             next_values = self._next_values(batch, noise)
             targets = batch.rewards + (1.0 - batch.dones) * discounts * next_values
-            if self.exploration_coef > 0.0 and not self._offline:
+            if self._explores:
                 bonus = self._bonus(fixed)
                 targets, parts["exploration_bonus"] = targets + bonus, bonus.mean()
         psi = fixed
@@ -524,14 +536,18 @@ class DiffSR(OfflineAlgorithm):
         network = self.critic_target if self.target_features else self.critic
         return network.spectral_features(observations, actions)
 
+    @accelerated
+    def _second_moment(self, batch: Batch) -> th.Tensor:
+        r"""$E[\phi \phi^\top]$ of the batch, $\phi$ being normalised features, shape ``(feature_dim, feature_dim)``."""
+        with th.no_grad():
+            phi = unit_features(self._value_features(batch.observations, batch.actions))
+            return phi.T @ phi / len(phi)
+
     def _bonus(self, psi: th.Tensor) -> th.Tensor:
         r"""$b \sqrt{\phi^\top (n C + I)^{-1} \phi}$, $\phi$ being normalised features and $C$ their covariance."""
-        phi = unit_features(psi)
-        covariance = self.policy.feature_covariance
-        covariance.lerp_(average(phi.T @ phi / len(phi)), self.tau)
         assert self.replay_buffer is not None
         n_samples = self.replay_buffer.size() * self.replay_buffer.n_envs
-        return self.exploration_coef * elliptical_bonus(phi, covariance, n_samples)
+        return self.exploration_coef * elliptical_bonus(unit_features(psi), self.policy.feature_covariance, n_samples)
 
     @accelerated_actor_loss
     def _actor_loss(

@@ -21,7 +21,7 @@ from torch import nn
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
 from sb3_diffusion.common.policies import Actor, DiffusionPolicy, Network
 from sb3_diffusion.common.torch_layers import Mish
-from sb3_diffusion.common.utils import check_choice, make_optimizer, move_average
+from sb3_diffusion.common.utils import check_choice, make_optimizer
 from sb3_diffusion.diffsr.networks import FourierHeads, ResidualMLP, SpectralScore, feature_noise_betas
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
@@ -178,8 +178,20 @@ class SpectralCritic(Network):
         super().__init__(*args, **kwargs)
         if n_critics < 1:
             raise ValueError(f"`n_critics` must be at least 1: got {n_critics}.")
-        self.n_critics = n_critics
-        self.feature_dim = feature_dim
+        self._own_arguments = dict(
+            feature_dim=feature_dim,
+            feature_net_arch=feature_net_arch,
+            score_net_arch=score_net_arch,
+            net_arch=net_arch,
+            activation_fn=activation_fn,
+            n_critics=n_critics,
+            n_frequencies=n_frequencies,
+            trainable_frequencies=trainable_frequencies,
+            time_embedding_dim=time_embedding_dim,
+            noise_schedule=noise_schedule,
+            n_diffusion_steps=n_diffusion_steps,
+            n_stack=n_stack,
+        )
         state_dim = self.features_extractor.features_dim
         self.learns_states = any(True for _ in self.features_extractor.parameters())
         self.diffused_dim = _newest_dim(self.observation_space, n_stack) if n_stack > 1 else state_dim
@@ -219,6 +231,9 @@ class SpectralCritic(Network):
     def feature_parameters(self) -> list[nn.Parameter]:
         """:return: all parameters but those of the action values"""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("q_net.")]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(super()._get_constructor_parameters(), **self._own_arguments)
 
 
 def _newest_dim(observation_space: spaces.Space, n_stack: int) -> int:
@@ -425,12 +440,7 @@ class DiffSRPolicy(DiffusionPolicy):
         :param tau: Polyak coefficient
         """
         for target, online in self._targets():
-            weights = dict(online.named_parameters())
-            averages = dict(target.named_parameters())
-            move_average(averages.values(), [weights[name] for name in averages], 1.0 - tau)
-            buffers = dict(online.named_buffers())
-            for name, buffer in target.named_buffers():
-                buffer.copy_(buffers[name])
+            target.follow(online, 1.0 - tau)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.actor._predict(observation, deterministic)

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_diffusion.buffers import EpisodeReplayBuffer, TrajectoryReplayBuffer, TrajectorySamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import CompiledInference, accelerated, autocast
-from sb3_diffusion.common.distributed import average
+from sb3_diffusion.common.distributed import average, take_from_first
 from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffuser.policies import (
@@ -90,10 +90,11 @@ class Diffuser(OfflineAlgorithm):
     * The value's network tells returns normalised by statistics of the data; its gradient is in units of the rewards all the
       same. The size of its last layer follows from the convolutions, so that any horizon works.
     * The last window of each episode is drawn too. Behind the end of an episode its last state is repeated; these rows count
-      in the loss after a termination, where they tell that nothing more comes, and not after a truncation. Presets pad with
-      zeros, which always count.
+      in the loss after a termination, where they tell that nothing more comes, and not after a truncation. The authors'
+      presets for locomotion pad with zeros, which always count; those for mazes draw no such windows.
     * The averages of the weights follow every update by a tenth of the published ``tau``, and are averages over all updates so
-      far at first. Presets do as the code (``ema_start``, ``ema_interval``): a copy for 2,000 updates, then every tenth.
+      far at first. The authors' presets do as the code (``ema_start``, ``ema_interval``): a copy for 2,000 updates, then every
+      tenth.
     * Planned actions are clipped to the action space.
     * Observations that are no part of a plan (``desired_goal`` of goal environments) are given back as they came.
 
@@ -447,6 +448,7 @@ class Diffuser(OfflineAlgorithm):
         if self._n_updates == 0 and self.dataset is None:
             assert isinstance(self.replay_buffer, TrajectoryReplayBuffer)
             self._fit_to_buffer(self.replay_buffer)
+            take_from_first(self.policy.buffers(), self.device)  # several processes have replay buffers of their own
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         for _ in range(gradient_steps):

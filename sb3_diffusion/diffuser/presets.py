@@ -6,16 +6,16 @@ Published settings of Diffuser by D4RL task (the authors' ``config/locomotion.py
 from typing import Any
 
 PUBLISHED: dict[str, Any] = dict(
-    learning_rate=2e-4,
-    batch_size=64,  # the authors add up the gradients of two batches of 32
     tau=0.005,
     ema_start=2_000,
     ema_interval=10,
     padding="zeros",
     count_padding=True,
-    default_total_timesteps=1_000_000,
 )
-"""What all published runs share, where it is not our default."""
+"""
+What all published runs share, where it is not our default. That has their batch size, 64: the authors add up the gradients of
+two batches of 32.
+"""
 
 
 def _locomotion(**changes: Any) -> dict[str, Any]:

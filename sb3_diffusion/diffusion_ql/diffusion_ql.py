@@ -38,22 +38,22 @@ class DiffusionQL(ActorCriticAlgorithm):
 
     * Offline, the policy first imitates the data alone (``n_imitation_steps``), while the critic learns the values of that
       imitation. Otherwise a critic that knows nothing yet leads the policy away from the data in the first thousands of
-      updates. Presets have it off.
+      updates. The published presets have it off.
     * The action values have layer normalisation (``critic_layer_norm``), which bounds how far they can rise away from the
-      data (arXiv 2302.02948). Presets have it off.
-    * Vector observations are normalised (``normalize_observations``). Presets have it off.
+      data (arXiv 2302.02948). The published presets have it off.
+    * Vector observations are normalised (``normalize_observations``). The published presets have it off.
     * The moving average of the actor starts with the first update (``ema_start``) and follows every one (``ema_interval``),
       as in the paper; the authors' code waits for 1,000 updates, so that the first targets come from a random actor, and
-      then follows every fifth. Presets do as the code.
+      then follows every fifth. The published presets do as the code.
     * The policy acts with that average (``acts_with_average``). The authors' code acts with the weights just trained, as
-      presets do.
+      the published presets do.
     * ``n_action_samples=1`` by default; the authors' code draws one of 50 candidates by a softmax of target values, which
-      the paper's algorithm does not contain. Presets have 50.
+      the paper's algorithm does not contain. The published presets have 50.
     * The action value is divided by the mean absolute value of the other critic for the same actions, as in the code;
       ``q_normalization="data"`` takes the actions of the data, as the paper says.
     * Both losses are means over action dimensions, as in the code; the paper has norms.
-    * Presets decay the learning rates by a cosine to 0 at the end of training, as the paper says. The authors' scheduler is
-      stepped once in 50 epochs, which leaves the rate as it is.
+    * The published presets decay the learning rates by a cosine to 0 at the end of training, as the paper says. The authors'
+      scheduler is stepped once in 50 epochs, which leaves the rate as it is.
     * The reverse chain takes the posterior variance, as the code; the paper's equation 1 has the larger $\beta_i$.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a policy class

@@ -240,8 +240,8 @@ class DiffusionQLPolicy(ActorCriticPolicy):
             sampler=sampler,
             n_sampling_steps=n_sampling_steps,
             average=True,
+            acts_with_average=acts_with_average,
         )
-        self.actor.acts_with_average = acts_with_average
         shared = self.actor.features_extractor if share_features_extractor else None
         critic_arguments: dict[str, Any] = dict(
             net_arch=qf, activation_fn=activation_fn, n_critics=n_critics, layer_norm=critic_layer_norm
@@ -255,7 +255,11 @@ class DiffusionQLPolicy(ActorCriticPolicy):
         self.set_training_mode(False)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        chosen = dict(sampler=self.actor.sampler, n_sampling_steps=self.actor.n_sampling_steps)
+        chosen = dict(
+            sampler=self.actor.sampler,
+            n_sampling_steps=self.actor.n_sampling_steps,
+            acts_with_average=self.actor.acts_with_average,
+        )
         return dict(super()._get_constructor_parameters(), **chosen)
 
 

@@ -11,12 +11,10 @@ from sb3_diffusion.common.utils import CosineSchedule
 
 PUBLISHED: dict[str, Any] = dict(
     n_imitation_steps=0,
-    q_normalization="cross_critic",
     critic_layer_norm=False,
     normalize_observations=False,
     n_action_samples=50,
     acts_with_average=False,
-    ema_decay=0.995,
     ema_start=1_000,
     ema_interval=5,
     critic_learning_rate=CosineSchedule(3e-4),
