@@ -1843,3 +1843,15 @@ def test_wrapper_passes_goals_on() -> None:
     chosen.reset(seed=0)
     *_, info = chosen.step(model.goal_space.high)
     np.testing.assert_allclose(info["plan_observations"][-1], model.goal_space.high, rtol=1e-4)
+
+
+def test_goals_with_several_candidates_train_the_value_that_chooses() -> None:
+    """Several plans, or guidance, need a value; where neither is asked for, a model for goals has none."""
+    assert make_model(goal_conditioned=True).value is None
+    model = make_model(goal_conditioned=True, n_candidates=3)
+    assert model.value is not None and model.guidance_scale == 0.0
+    observations = make_dataset().observations[:2]
+    plan = model.plan(obs=observations, goal=observations[::-1], n_candidates=4)
+    assert plan.observations.shape[:2] == (2, HORIZON) and plan.values.shape == (2,)
+    np.testing.assert_allclose(plan.observations[:, -1], observations[::-1], rtol=1e-3, atol=1e-3)
+    assert make_model(goal_conditioned=True, guidance_scale=0.1).value is not None

@@ -704,7 +704,6 @@ def test_bare_arrays_take_their_spaces_from_the_file(spec: AlgoSpec, tmp_path: P
 @pytest.mark.parametrize("n_first", [4, 8, 20])
 def test_exact_resume_online_of_a_run_that_a_callback_stopped(spec: AlgoSpec, n_first: int, tmp_path: Path) -> None:
     """While actions are random still, and after; the step at which the callback stops is learned from."""
-    spec.need("learns_online", "stateless")
 
     def make() -> Any:
         return spec.make(DummyVecEnv([lambda: gym.make(POINT_ENV)]), seed=5)

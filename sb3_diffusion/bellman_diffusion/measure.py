@@ -371,8 +371,8 @@ class MeasureAlgorithm(OfflineAlgorithm):
     @th.no_grad()
     def sample_future(
         self,
-        observations: Any,
-        actions: Any,
+        obs: Any,
+        action: Any,
         n_samples: int = 64,
         seed: int | None = None,
         horizon: int | None = None,
@@ -383,8 +383,8 @@ class MeasureAlgorithm(OfflineAlgorithm):
         After a termination that is the last state. With a ``VecNormalize`` that normalises observations, states are in its
         units, as all that the model is given.
 
-        :param observations: one observation or a batch of them
-        :param actions: the actions taken there, in env units, or one for all
+        :param obs: one observation or a batch of them
+        :param action: the actions taken there, in env units, or one for all
         :param n_samples: states per observation
         :param seed: of the random numbers of this call; None goes on with the model's own
         :param horizon: number of states that are left, at most the model's own, which None takes; for a model with one
@@ -392,7 +392,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
             axis of the batch for a single observation
         """
         check_range("n_samples", n_samples, 1)
-        tensors, scaled, vectorized = self._to_tensors(observations, actions)
+        tensors, scaled, vectorized = self._to_tensors(obs, action)
         steps = self._steps_left(horizon, len(scaled))
         generator = self.acting_generator if seed is None else th.Generator().manual_seed(seed)
         noise = th.randn(len(scaled), n_samples, self.measure.coder.dim, generator=generator).to(self.device)
@@ -407,8 +407,8 @@ class MeasureAlgorithm(OfflineAlgorithm):
     @th.no_grad()
     def value(
         self,
-        observations: Any,
-        actions: Any,
+        obs: Any,
+        action: Any,
         reward_fn: RewardFunction | None = None,
         n_samples: int = 256,
         horizon: int | None = None,
@@ -423,15 +423,15 @@ class MeasureAlgorithm(OfflineAlgorithm):
 
         All rows and calls draw futures from the same noises: values of several actions differ by the actions alone.
 
-        :param observations: one observation or a batch of them
-        :param actions: the actions taken there, in env units, or one for all
+        :param obs: one observation or a batch of them
+        :param action: the actions taken there, in env units, or one for all
         :param reward_fn: rewards of reached states as in `set_reward_fn`; None for the model's
         :param n_samples: futures per observation
         :param horizon: $n$, at most the model's own, which None takes; for a model with one
         :return: shape ``(batch_size,)``; a single number for a single observation
         """
         check_range("n_samples", n_samples, 1)
-        tensors, scaled, vectorized = self._to_tensors(observations, actions)
+        tensors, scaled, vectorized = self._to_tensors(obs, action)
         reward_fn = self.reward_fn if reward_fn is None else reward_fn
         noise, steps = self.policy.shared_noise(n_samples), self._steps_left(horizon, len(scaled))
         values = self.policy.values(tensors, scaled, noise, reward_fn, steps).cpu().numpy()

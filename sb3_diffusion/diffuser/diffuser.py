@@ -136,7 +136,8 @@ class Diffuser(OfflineAlgorithm):
     :param warm_start: share of the chain, in [0, 1], that refines the previous plan instead of planning from noise; 0 is off
     :param tracker: makes actions from planned states, for instance [PDTracker][sb3_diffusion.diffuser.PDTracker]
     :param train_planner: train the diffusion model
-    :param train_value: train the value; None means unless ``goal_conditioned``. A model built with False has none
+    :param train_value: train the value; None means unless ``goal_conditioned`` with one plan and no guidance. A model built
+        with False has none
     :param n_value_steps: updates after which the value is left as it is; None for no end
     :param value_learning_rate: a float or a function of the remaining progress; None for ``learning_rate``
     :param action_weight: weight of the first action in the loss
@@ -241,11 +242,12 @@ class Diffuser(OfflineAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        train_value = not goal_conditioned if train_value is None else train_value
+        if train_value is None:
+            train_value = not goal_conditioned or (n_candidates or 1) > 1 or bool(guidance_scale)
         if n_candidates is None:
             n_candidates = 64 if train_value else 1
         if guidance_scale is None:
-            guidance_scale = 0.1 if train_value else 0.0
+            guidance_scale = 0.1 if train_value and not goal_conditioned else 0.0
         check_range("horizon", horizon, 1)
         check_range("stride", stride, 1)
         check_range("n_diffusion_steps", n_diffusion_steps, 1)
@@ -323,6 +325,7 @@ class Diffuser(OfflineAlgorithm):
         self.ema_start = ema_start
         self.ema_interval = ema_interval
         self.max_grad_norm = max_grad_norm
+        self._plan_state: tuple[np.ndarray, ...] | None = None  # of the environments while collecting transitions
         if _init_setup_model:
             self._setup_model()
 
@@ -330,7 +333,6 @@ class Diffuser(OfflineAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self._plan_state: tuple[np.ndarray, ...] | None = None  # of the environments while collecting transitions
         rows = th.tensor(self.loss_discount, dtype=th.float64) ** th.arange(self.horizon)
         weights = (rows / rows.mean()).float().unsqueeze(1).repeat(1, self.actor.layout.dim)
         weights[0, : self.actor.layout.action_dim] = self.action_weight
@@ -520,7 +522,7 @@ class Diffuser(OfflineAlgorithm):
 
     def plan(
         self,
-        observations: Any,
+        obs: Any,
         goal: Any = None,
         n_candidates: int | None = None,
         deterministic: bool = False,
@@ -529,7 +531,7 @@ class Diffuser(OfflineAlgorithm):
         """
         Plan from each observation of a batch.
 
-        :param observations: one observation or a batch of them
+        :param obs: one observation or a batch of them
         :param goal: where the windows end, one or one per observation; only if ``goal_conditioned``. None takes
             ``desired_goal``
         :param n_candidates: plans drawn per observation; None for the model's
@@ -550,7 +552,7 @@ class Diffuser(OfflineAlgorithm):
             )
         policy, layout = self.policy, self.actor.layout
         policy.set_training_mode(False)
-        tensors, vectorized = policy.obs_to_tensor(observations)
+        tensors, vectorized = policy.obs_to_tensor(obs)
         n = len(layout.states(tensors))
         if goal is not None:
             shape, goal = layout.goal_shape, np.asarray(goal, dtype=np.float32)
@@ -589,7 +591,9 @@ class Diffuser(OfflineAlgorithm):
         if self.num_timesteps < learning_starts:
             return super()._sample_action(learning_starts, action_noise, n_envs)
         assert self._last_obs is not None
-        action, self._plan_state = self.predict(self._last_obs, self._plan_state, self._last_episode_starts)
+        begins = self._last_episode_starts
+        state = None if begins is None or np.all(begins) else self._plan_state
+        action, self._plan_state = self.predict(self._last_obs, state, begins)
         scaled_action = self.policy.scale_action(action)
         if action_noise is not None:
             scaled_action = np.clip(scaled_action + action_noise(), -1.0, 1.0)
@@ -604,7 +608,7 @@ class Diffuser(OfflineAlgorithm):
     # ---------------------------------------------------------------- files
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "value", "value_lr_schedule", "_loss_weights", "_plan_state"]
+        own = ["actor", "value", "value_lr_schedule", "_loss_weights"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
