@@ -14,10 +14,11 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.func import functional_call
 
-from sb3_diffusion.common.denoisers import EDMDenoiser
+from sb3_diffusion.common.denoisers import DiscreteDenoiser, EDMDenoiser
+from sb3_diffusion.common.samplers import SAMPLERS, STOCHASTIC_SAMPLERS
 from sb3_diffusion.common.serialization import PickleFreeModule
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
-from sb3_diffusion.common.utils import check_choice, make_optimizer, move_average
+from sb3_diffusion.common.utils import check_choice, check_range, make_optimizer, move_average
 from sb3_diffusion.datasets.offline_dataset import column_moments
 
 SelfNetwork = TypeVar("SelfNetwork", bound="Network")
@@ -239,6 +240,48 @@ class Actor(Network, BasePolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = dict(average=self.averaged is not None, acts_with_average=self.acts_with_average)
         return dict(super()._get_constructor_parameters(), **own)
+
+
+class ChainActor(Actor):
+    """
+    An actor that is a diffusion model of discrete steps: it acts by running the reverse chain.
+
+    The latent of a row holds all that the chain draws: the noise that it starts from, and for a stochastic sampler the noise
+    of each step but the last, shape ``(n_draws, ...)``.
+    """
+
+    denoiser: DiscreteDenoiser
+
+    def set_sampler(self, sampler: str, n_sampling_steps: int | None = None) -> None:
+        """
+        Choose how the chain is run, also after training.
+
+        :param sampler: ``"ddpm"``, ``"ddim"``, ``"dpm_solver"`` or ``"heun"``
+        :param n_sampling_steps: at most the length of the chain; None for all of it
+        :raises ValueError: if there is no such sampler, or the chain is shorter
+        """
+        check_choice("sampler", sampler, tuple(SAMPLERS))
+        if n_sampling_steps is not None:
+            check_range("n_sampling_steps", n_sampling_steps, 1, self.denoiser.n_diffusion_steps)
+        self.sampler = sampler
+        self.n_sampling_steps = n_sampling_steps
+        if isinstance(self.averaged, ChainActor):
+            self.averaged.set_sampler(sampler, n_sampling_steps)
+
+    @property
+    def sampling_length(self) -> int:
+        """Steps that the sampler takes."""
+        return self.denoiser.n_diffusion_steps if self.n_sampling_steps is None else self.n_sampling_steps
+
+    @property
+    def sampling_levels(self) -> th.Tensor:
+        """Noise levels of these steps, falling, shape ``(sampling_length,)``."""
+        return self.denoiser.sampling_levels(self.sampling_length)
+
+    @property
+    def n_draws(self) -> int:
+        """Noises that the sampler draws for a row."""
+        return self.sampling_length if self.sampler in STOCHASTIC_SAMPLERS else 1
 
 
 class ActionDenoiser(Network):

@@ -10,10 +10,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
-from sb3_diffusion.common.policies import Actor, DiffusionPolicy, Network, n_rows
-from sb3_diffusion.common.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, Guide, steps_between
+from sb3_diffusion.common.policies import ChainActor, DiffusionPolicy, Network, n_rows
+from sb3_diffusion.common.samplers import SAMPLERS, Guide, steps_between
 from sb3_diffusion.common.schedules import noise_schedule_betas
-from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.common.utils import check_choice
 from sb3_diffusion.diffuser.networks import (
     TemporalUnet,
     TrajectoryTransformer,
@@ -100,13 +100,11 @@ class WindowNetwork(Network):
         return dict(spaces_only, **self._own_arguments, average=self.averaged is not None)
 
 
-class TrajectoryActor(WindowNetwork, Actor):
+class TrajectoryActor(WindowNetwork, ChainActor):
     r"""
     The planner: a diffusion model of windows whose first state (and end, if ``goal_conditioned``) is given.
 
-    The latent of a row holds all that the chain draws: the noise that it starts from, and for a stochastic sampler the
-    noise of each step but the last, shape ``(n_draws, horizon, dim)``. Called as an actor it returns the first action of one
-    window.
+    Its latents have the shape ``(n_draws, horizon, dim)``. Called as an actor it returns the first action of one window.
 
     :param backbone: ``"unet"`` or ``"transformer"``
     :param net_kwargs: sizes of the network
@@ -156,31 +154,9 @@ class TrajectoryActor(WindowNetwork, Actor):
         assert isinstance(self.denoiser.net, ConditionedNet)
         return self.denoiser.net
 
-    def set_sampler(self, sampler: str, n_sampling_steps: int | None = None) -> None:
-        """
-        Choose how the chain is run, also after training.
-
-        :param sampler: ``"ddpm"``, ``"ddim"``, ``"dpm_solver"`` or ``"heun"``
-        :param n_sampling_steps: at most the length of the chain; None for all of it
-        """
-        check_choice("sampler", sampler, tuple(SAMPLERS))
-        if n_sampling_steps is not None:
-            check_range("n_sampling_steps", n_sampling_steps, 1, self.denoiser.n_diffusion_steps)
-        self.sampler = sampler
-        self.n_sampling_steps = n_sampling_steps
-        if isinstance(self.averaged, TrajectoryActor):
-            self.averaged.set_sampler(sampler, n_sampling_steps)
-
-    @property
-    def sampling_levels(self) -> th.Tensor:
-        """Noise levels of the sampler's steps, falling."""
-        steps = self.denoiser.n_diffusion_steps if self.n_sampling_steps is None else self.n_sampling_steps
-        return self.denoiser.sampling_levels(steps)
-
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        n_draws = len(self.sampling_levels) if self.sampler in STOCHASTIC_SAMPLERS else 1
-        return (n_draws, self.layout.horizon, self.layout.dim)
+        return (self.n_draws, self.layout.horizon, self.layout.dim)
 
     @property
     def planner(self) -> "TrajectoryActor":

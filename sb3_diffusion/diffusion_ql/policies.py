@@ -15,19 +15,17 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
-from sb3_diffusion.common.policies import Actor, ActorCriticPolicy, QCritic
-from sb3_diffusion.common.samplers import SAMPLERS, STOCHASTIC_SAMPLERS
+from sb3_diffusion.common.policies import ActorCriticPolicy, ChainActor, QCritic
+from sb3_diffusion.common.samplers import SAMPLERS
 from sb3_diffusion.common.schedules import noise_schedule_betas
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish
-from sb3_diffusion.common.utils import check_choice, check_range
 
 
-class DiffusionActor(Actor):
+class DiffusionActor(ChainActor):
     r"""
     A policy that is a diffusion model of actions given the observation: it acts by running the reverse chain.
 
-    The latent of a row holds all that the chain draws: the noise that it starts from, and for a stochastic sampler the noise
-    of each step but the last, shape ``(n_draws, action_dim)``.
+    Its latents have the shape ``(n_draws, action_dim)``.
 
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation after each of them
@@ -76,29 +74,9 @@ class DiffusionActor(Actor):
         if average:
             self.add_average()
 
-    def set_sampler(self, sampler: str, n_sampling_steps: int | None = None) -> None:
-        """
-        Choose how the chain is run, also after training.
-
-        :param sampler: ``"ddpm"``, ``"ddim"``, ``"dpm_solver"`` or ``"heun"``
-        :param n_sampling_steps: at most the length of the chain; None for all of it
-        """
-        check_choice("sampler", sampler, tuple(SAMPLERS))
-        if n_sampling_steps is not None:
-            check_range("n_sampling_steps", n_sampling_steps, 1, self.denoiser.n_diffusion_steps)
-        self.sampler = sampler
-        self.n_sampling_steps = n_sampling_steps
-        if isinstance(self.averaged, DiffusionActor):
-            self.averaged.set_sampler(sampler, n_sampling_steps)
-
-    @property
-    def sampling_length(self) -> int:
-        """Steps that the sampler takes."""
-        return self.denoiser.n_diffusion_steps if self.n_sampling_steps is None else self.n_sampling_steps
-
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        return (self.sampling_length if self.sampler in STOCHASTIC_SAMPLERS else 1, self.action_dim)
+        return (self.n_draws, self.action_dim)
 
     def sample(self, features: th.Tensor, latents: th.Tensor) -> th.Tensor:
         """
@@ -108,7 +86,7 @@ class DiffusionActor(Actor):
         :param latents: what the chain draws, shape ``(batch_size, *latent_shape)``
         :return: actions in [-1, 1], shape ``(batch_size, action_dim)``
         """
-        levels = self.denoiser.sampling_levels(self.sampling_length)
+        levels = self.sampling_levels
         start, *noises = latents.unbind(dim=1)
         actions = SAMPLERS[self.sampler](
             self.denoiser, self.denoiser.prior(start, levels[:1]), levels, features, noises or None
