@@ -14,7 +14,7 @@ from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated
 from sb3_diffusion.common.distributed import own_rows
 from sb3_diffusion.common.policies import take_rows
-from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.common.utils import check_bound, check_choice, check_range
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.evaluation import bootstrap_interval
 
@@ -88,8 +88,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         check_choice("measured_policy", measured_policy, ("data", "actor"))
         check_choice("scheme", scheme, ("stopped", "renoised", "logged"))
         check_range("n_chain_levels", n_chain_levels, 1)
-        if max_grad_norm is not None and not max_grad_norm > 0.0:
-            raise ValueError(f"`max_grad_norm` must be positive, or None for no bound: got {max_grad_norm}.")
+        check_bound("max_grad_norm", max_grad_norm)
         if horizon is not None and horizon < 1:
             raise ValueError(f"`horizon` must be at least 1, or None for the discounted measure: got {horizon}.")
         if horizon is not None and scheme != "logged":

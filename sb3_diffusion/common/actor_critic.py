@@ -10,7 +10,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.policies import Actor, ActorCriticPolicy, QCritic, n_rows
-from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.common.utils import check_bound, check_choice, check_range
 
 MIN_Q_SCALE = 1e-3
 """Smallest number that action values are divided by."""
@@ -57,8 +57,7 @@ class ActorCriticAlgorithm(OfflineAlgorithm):
         check_choice("candidate_choice", candidate_choice, ("softmax", "argmax"))
         check_range("ema_decay", ema_decay, 0.0, 1.0)
         check_range("exploration_noise", exploration_noise, 0.0)
-        if max_grad_norm is not None and not max_grad_norm > 0.0:
-            raise ValueError(f"`max_grad_norm` must be positive, or None for no bound: got {max_grad_norm}.")
+        check_bound("max_grad_norm", max_grad_norm)
         super().__init__(*args, **kwargs)
         self.n_imitation_steps = n_imitation_steps
         self.critic_learning_rate = critic_learning_rate

@@ -88,6 +88,15 @@ class SinusoidalEmbedding(nn.Module):
         return th.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def embed_levels(dim: int, activation_fn: type[nn.Module]) -> nn.Sequential:
+    """
+    :param dim: size of the embedding, even
+    :param activation_fn: activation of the layer behind the sines and cosines
+    :return: network from noise levels, shape ``(batch_size,)``, to shape ``(batch_size, dim)``
+    """
+    return nn.Sequential(SinusoidalEmbedding(dim), nn.Linear(dim, 2 * dim), activation_fn(), nn.Linear(2 * dim, dim))
+
+
 class ConditionalMLP(nn.Module):
     """
     Multilayer perceptron on ``[x, condition, embedding of a noise level]``, the network inside a denoiser of vectors.
@@ -112,12 +121,7 @@ class ConditionalMLP(nn.Module):
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.time_embedding = nn.Sequential(
-            SinusoidalEmbedding(time_embedding_dim),
-            nn.Linear(time_embedding_dim, 2 * time_embedding_dim),
-            activation_fn(),
-            nn.Linear(2 * time_embedding_dim, time_embedding_dim),
-        )
+        self.time_embedding = embed_levels(time_embedding_dim, activation_fn)
         layers: list[nn.Module] = []
         size = dim + condition_dim + time_embedding_dim
         for i, width in enumerate(net_arch):

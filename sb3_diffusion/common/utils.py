@@ -157,6 +157,16 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
         raise ValueError(f"`{name}` must lie in [{low}, {high}]: got {value}.")
 
 
+def check_bound(name: str, value: float | None) -> None:
+    """
+    :param name: name of an argument
+    :param value: its value, a bound; None for no bound
+    :raises ValueError: if it is not positive
+    """
+    if value is not None and not value > 0.0:
+        raise ValueError(f"`{name}` must be positive, or None for no bound: got {value}.")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """
     :param name: name of an argument

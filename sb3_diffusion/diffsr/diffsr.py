@@ -16,7 +16,7 @@ from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.distributed import average, take_from_first
-from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.common.utils import check_bound, check_choice, check_range
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffsr.linear import LinearFit, fit_linear
 from sb3_diffusion.diffsr.networks import (
@@ -246,8 +246,7 @@ class DiffSR(OfflineAlgorithm):
             check_range(name, number, 0.0)
         if not noise_scale > 0.0:
             raise ValueError(f"`noise_scale` must be positive: got {noise_scale}.")
-        if max_grad_norm is not None and not max_grad_norm > 0.0:
-            raise ValueError(f"`max_grad_norm` must be positive, or None for no bound: got {max_grad_norm}.")
+        check_bound("max_grad_norm", max_grad_norm)
         if decorrelation_coef > 0.0 and batch_size < 2:
             raise ValueError(f"`decorrelation_coef` compares rows: `batch_size` must be at least 2, got {batch_size}.")
         super().__init__(

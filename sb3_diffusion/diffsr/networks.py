@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sb3_diffusion.common.schedules import NOISE_SCHEDULES
-from sb3_diffusion.common.torch_layers import EnsembleLayerNorm, EnsembleLinear, Mish, SinusoidalEmbedding
+from sb3_diffusion.common.torch_layers import EnsembleLayerNorm, EnsembleLinear, Mish, embed_levels
 from sb3_diffusion.common.utils import check_choice
 
 FEATURE_LOSSES = ("noise", "score", "weighted_score", "displacement")
@@ -74,12 +74,7 @@ class SpectralScore(nn.Module):
     ) -> None:
         super().__init__()
         self.feature_dim = feature_dim
-        self.time_embedding = nn.Sequential(
-            SinusoidalEmbedding(time_embedding_dim),
-            nn.Linear(time_embedding_dim, 2 * time_embedding_dim),
-            activation_fn(),
-            nn.Linear(2 * time_embedding_dim, time_embedding_dim),
-        )
+        self.time_embedding = embed_levels(time_embedding_dim, activation_fn)
         self.zeta = ResidualMLP(state_dim + time_embedding_dim, feature_dim * state_dim, net_arch, activation_fn)
 
     def forward(self, noisy: th.Tensor, psi: th.Tensor, level: th.Tensor) -> th.Tensor:

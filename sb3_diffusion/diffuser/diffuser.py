@@ -16,7 +16,7 @@ from sb3_diffusion.buffers import EpisodeReplayBuffer, TrajectoryReplayBuffer, T
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import CompiledInference, accelerated, autocast
 from sb3_diffusion.common.distributed import average, take_from_first
-from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
+from sb3_diffusion.common.utils import check_bound, check_choice, check_range, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffuser.policies import (
     CnnPolicy,
@@ -255,8 +255,7 @@ class Diffuser(OfflineAlgorithm):
         check_range("loss_discount", loss_discount, 0.0)
         check_range("ema_start", ema_start, 0)
         check_range("ema_interval", ema_interval, 1)
-        if max_grad_norm is not None and not max_grad_norm > 0.0:
-            raise ValueError(f"`max_grad_norm` must be positive, or None for no bound: got {max_grad_norm}.")
+        check_bound("max_grad_norm", max_grad_norm)
         if replay_buffer_class is not None and not issubclass(replay_buffer_class, TrajectoryReplayBuffer):
             raise ValueError(
                 f"Diffuser learns from windows: `replay_buffer_class` must be a TrajectoryReplayBuffer, got "
