@@ -2,7 +2,7 @@
 All methods and baselines on the same data, at one budget that a CPU can pay.
 
     python benchmarks/comparison.py                                               # every cell that is not there yet
-    python benchmarks/comparison.py walker2d-expert --algos dtql bc --seeds 0     # single cells
+    python benchmarks/comparison.py walker2d-expert --methods DTQL TD3BC --seeds 0    # single cells
 
 Each method has one setting for all data, but for what ``CHANGES`` holds. A run that was interrupted goes on where it stopped;
 finished runs are kept, so that the tables grow.
@@ -10,7 +10,7 @@ finished runs are kept, so that the tables grow.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch as th
@@ -31,35 +31,60 @@ TASKS = {
 }
 """Data of each task, and its environment where the data does not know better."""
 N_UPDATES, N_EVALUATIONS, N_EPISODES = 20_000, 5, 10
-PRESETS = {"dtql": "locomotion", "diffusion_ql": "locomotion", "diffsr": "small", "bellman_diffusion": "locomotion"}
-SETTINGS: dict[str, dict[str, Any]] = {
-    # As many updates with a learning rate above 0 as the presets have in their 50,000
-    "dtql": dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0)),
-    "diffusion_ql": dict(learning_rate=LinearSchedule(3e-4, 0.0, 0.625)),
-    "bellman_diffusion": dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0)),
-    "diffuser": dict(
-        horizon=8,
-        learning_rate=4e-4,
-        sampler="ddim",
-        n_sampling_steps=2,
-        n_candidates=1,
-        guidance_scale=0.0,
-        train_value=False,
-        policy_kwargs=dict(net_kwargs=dict(multipliers=[1, 2, 4])),
+
+
+class Method(NamedTuple):
+    """
+    A line of the tables.
+
+    :ivar algo: key of ``CLASSES``
+    :ivar preset: name of a preset, in the place of the defaults
+    :ivar settings: constructor arguments that win over both
+    """
+
+    algo: str
+    preset: str | None = None
+    settings: dict[str, Any] = {}  # noqa: RUF012  never changed
+
+
+# As many updates with a learning rate above 0 as the presets have in their 50,000
+DIFFUSION_QL = dict(learning_rate=LinearSchedule(3e-4, 0.0, 0.625))
+METHODS = {
+    "BehaviorCloning": Method("bc"),
+    "TD3BC": Method("td3_bc"),
+    "DTQL": Method("dtql", "locomotion", dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))),
+    "DiffusionQL": Method("diffusion_ql", "locomotion", dict(DIFFUSION_QL, n_sampling_steps=None)),
+    "DiffusionQL, 2 sampling steps": Method("diffusion_ql", "locomotion", DIFFUSION_QL),
+    "DiffSR": Method("diffsr", "small"),
+    "BellmanDiffusion": Method("bellman_diffusion", "locomotion", dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))),
+    "Diffuser": Method(
+        "diffuser",
+        None,
+        dict(
+            horizon=8,
+            learning_rate=4e-4,
+            sampler="ddim",
+            n_sampling_steps=2,
+            n_candidates=1,
+            guidance_scale=0.0,
+            train_value=False,
+            policy_kwargs=dict(net_kwargs=dict(multipliers=[1, 2, 4])),
+        ),
     ),
 }
 CHANGES: dict[tuple[str, str], dict[str, Any]] = {
     # Four times that of hopper-medium, as in the authors' settings (`PRESETS` of DTQL)
-    ("hopper-medium-expert", "dtql"): dict(trust_region_coef=4.0),
-    ("pointmaze-umaze", "diffuser"): dict(
+    ("hopper-medium-expert", "DTQL"): dict(trust_region_coef=4.0),
+    ("pointmaze-umaze", "Diffuser"): dict(
         MAZE_PLANNER, horizon=128, n_action_steps=127, sampler="ddpm", n_sampling_steps=None
     ),
 }
 TEXT = (
     f"{N_UPDATES:,} gradient steps, {N_EVALUATIONS} evaluations of {N_EPISODES} episodes each, deterministic actions. One "
     "setting per method (`benchmarks/comparison.py`): presets `locomotion` with learning rates that fall over as many updates "
-    "as in their 50,000, DiffSR `small`, Diffuser with a U-Net of three levels, horizon 8, unguided, every action from a new "
-    "plan of two DDIM steps. Published runs take 1,000,000 updates or more."
+    "as in their 50,000, DiffusionQL with all five steps of its chain and with the preset's two, DiffSR `small`, Diffuser "
+    "with a U-Net of three levels, horizon 8, unguided, every action from a new plan of two DDIM steps. Published runs take "
+    "1,000,000 updates or more."
 )
 MORE: dict[str, str] = {
     "hopper-medium-expert": " DTQL's trust region weighs 4 here: against Hopper medium as much more as in the published runs.",
@@ -70,31 +95,32 @@ MORE: dict[str, str] = {
 }
 
 
-def make(task: str, algo: str, dataset: OfflineDataset, seed: int) -> OfflineAlgorithm:
+def make(task: str, name: str, dataset: OfflineDataset, seed: int) -> OfflineAlgorithm:
     """
     :param task: key of ``TASKS``
-    :param algo: key of ``CLASSES``
+    :param name: key of ``METHODS``
     :param dataset: to learn from
     :param seed: of the run
     :return: a new model
     """
+    algo, preset, settings = METHODS[name]
     cls = CLASSES[algo]
-    preset = dict(cls.preset(PRESETS[algo])) if algo in PRESETS else {}
-    preset.pop("default_total_timesteps", None)
-    settings = {**preset, **SETTINGS.get(algo, {}), **CHANGES.get((task, algo), {})}
+    published = {} if preset is None else dict(cls.preset(preset))
+    published.pop("default_total_timesteps", None)
+    settings = {**published, **settings, **CHANGES.get((task, name), {})}
     alias = policy_alias(dataset.observation_space)
     return cls(alias, TASKS[task][1], dataset=dataset, seed=seed, device="cpu", **settings)  # type: ignore[arg-type]
 
 
-def compare(task: str, algo: str, seed: int) -> None:
+def compare(task: str, name: str, seed: int) -> None:
     """
     Fill one cell, with one seed.
 
     :param task: key of ``TASKS``
-    :param algo: key of ``CLASSES``
+    :param name: key of ``METHODS``
     :param seed: of the run
     """
-    cls, (source, env_id) = CLASSES[algo], TASKS[task]
+    cls, (source, env_id) = CLASSES[METHODS[name].algo], TASKS[task]
     dataset = load_dataset(source)
     result_file = RESULTS / f"comparison_{task.replace('-', '_')}.json"
     describe(result_file, f"All methods: {dataset.name}", TEXT + MORE.get(task, ""))
@@ -107,9 +133,9 @@ def compare(task: str, algo: str, seed: int) -> None:
         return cls.load(path, env=env_id, dataset=dataset, device="cpu", custom_objects={"policy_class": policy_class})
 
     run(
-        cls.__name__,
+        name,
         seed,
-        lambda: make(task, algo, dataset, seed),
+        lambda: make(task, name, dataset, seed),
         load,
         N_UPDATES,
         env_id or make_eval_env,
@@ -125,15 +151,15 @@ def main() -> None:
     """Fill the cells that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", choices=list(TASKS), default=list(TASKS), metavar="task", help=", ".join(TASKS))
-    parser.add_argument("--algos", nargs="+", choices=list(CLASSES), default=list(CLASSES))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()
     th.set_num_threads(options.threads)
     for seed in options.seeds:
         for task in options.tasks:
-            for algo in options.algos:
-                compare(task, algo, seed)
+            for name in options.methods:
+                compare(task, name, seed)
 
 
 if __name__ == "__main__":
