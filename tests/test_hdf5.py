@@ -88,3 +88,16 @@ def test_damaged_anywhere(path: Path) -> None:
         except ValueError:
             refused += 1
     assert refused > 20
+
+
+@pytest.mark.parametrize("key", ["actions", "rewards", "terminals", "timeouts"])
+@pytest.mark.parametrize("described", [True, False])
+def test_groups_in_the_place_of_arrays(path: Path, key: str, described: bool) -> None:
+    with h5py.File(path, "a") as file:
+        values = file[key][()]
+        del file[key]
+        file[f"{key}/inside"] = values
+        if not described:
+            del file["metadata"]
+    with pytest.raises(ValueError, match=f"{key} are groups"):
+        load_dataset(path)

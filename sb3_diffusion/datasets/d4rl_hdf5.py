@@ -120,6 +120,9 @@ def load_d4rl(
         arrays: dict[str, Any] = {key: read_tree(child(file, key)) for key in _REQUIRED if key != "observations"}
         for key in ("timeouts", "next_observations"):
             arrays[key] = read_tree(child(file, key)) if key in file else None
+        groups = [key for key, value in arrays.items() if isinstance(value, dict) and key != "next_observations"]
+        if groups:
+            raise ValueError(f"{file_path} must hold arrays: {', '.join(groups)} are groups. Only observations may be.")
         description = child(file, HDF5_KEY).asstr()[()] if HDF5_KEY in file else None
     if description is not None:
         known = read_description(description, file_path)
