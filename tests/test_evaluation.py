@@ -67,6 +67,10 @@ class ConstantPolicy:
 class References:
     ref_min_score, ref_max_score = 1.0, 3.0
 
+    @property
+    def has_reference_scores(self):
+        return self.ref_min_score is not None and self.ref_max_score is not None
+
     def normalized_score(self, returns):
         return 100.0 * (np.asarray(returns) - 1.0) / 2.0
 

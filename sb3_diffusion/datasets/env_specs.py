@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
 import inspect
+import io
 from typing import Any
 
 import gymnasium as gym
@@ -24,7 +26,8 @@ def register_robotics(env: EnvSpec | str) -> None:
     env_id = env if isinstance(env, str) else env.id
     wanted = env_id not in gym.registry if isinstance(env, str) else "gymnasium_robotics" in str(env.entry_point)
     if wanted and importlib.util.find_spec("gymnasium_robotics") is not None:
-        robotics = importlib.import_module("gymnasium_robotics")
+        with contextlib.redirect_stderr(io.StringIO()):  # it tells of versions of other environments
+            robotics = importlib.import_module("gymnasium_robotics")
         # registers by itself when imported, depending on its version
         if env_id not in gym.registry and hasattr(gym, "register_envs"):
             gym.register_envs(robotics)
