@@ -785,6 +785,26 @@ def test_progress_bar(spec: AlgoSpec, offline: bool, as_callback: bool, box_data
     assert bars == [(6, 6), (4, 4)], "timesteps, whatever n_envs"
 
 
+def test_callbacks_are_initialised_once(spec: AlgoSpec, box_dataset: OfflineDataset) -> None:
+    class Counter(BaseCallback):
+        n_initialised = 0
+
+        def _init_callback(self) -> None:
+            self.n_initialised += 1
+
+        def _on_step(self) -> bool:
+            return True
+
+    model = spec.make(dataset=box_dataset)
+    for kwargs in ({}, {"progress_bar": True}):
+        counters = Counter(), Counter(), Counter()
+        model.learn(1, callback=counters[0], **kwargs)
+        model.learn(1, callback=[counters[1], ProgressBarCallback()], **kwargs)
+        model.learn(1, callback=CallbackList([counters[2], CallbackList([ProgressBarCallback()])]), **kwargs)
+        assert [counter.n_initialised for counter in counters] == [1, 1, 1]
+        model.learn(1, callback=lambda *_: True, **kwargs)
+
+
 # Logs -----------------------------------------------------------------------------------------------------------------
 
 

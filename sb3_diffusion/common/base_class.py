@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
@@ -70,8 +70,10 @@ class TimestepProgressBar(ProgressBarCallback):
         return True
 
 
-def _counting_timesteps(callback: BaseCallback) -> BaseCallback:
+def _counting_timesteps(callback: Any) -> Any:
     """SB3's own progress bar, which adds ``n_envs`` at each step, is replaced, in lists too; all else stays."""
+    if isinstance(callback, list):
+        return [_counting_timesteps(each) for each in callback]
     if isinstance(callback, CallbackList):
         callback.callbacks = [_counting_timesteps(each) for each in callback.callbacks]
     return TimestepProgressBar() if type(callback) is ProgressBarCallback else callback
@@ -662,11 +664,11 @@ class OfflineAlgorithm(WatchedAlgorithm):
         return total_timesteps, self._init_callback(callback, progress_bar)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        converted = _counting_timesteps(super()._init_callback(callback))
+        callback = _counting_timesteps(callback)
         if progress_bar:
-            converted = CallbackList([converted, TimestepProgressBar()])
-        converted.init_callback(self)
-        return converted
+            given = CallbackList(callback) if isinstance(callback, list) else callback
+            callback = [given if isinstance(given, BaseCallback) else ConvertCallback(given), TimestepProgressBar()]
+        return super()._init_callback(callback)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         """Progress of the main phase: learning-rate schedules stand still during pretraining."""
