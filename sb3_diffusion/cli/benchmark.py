@@ -60,8 +60,8 @@ def benchmark(
 
     :param what: curve or speed
     :param algo: name of the algorithm; dtql by default
-    :param dataset: Minari id, path of an HDF5 file in D4RL's layout or of a .npz file, or D4RL name; without one training is
-        online
+    :param dataset: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name; without one
+        training is online
     :param env: Gymnasium id; by default the environment of the dataset
     :param steps: timesteps per run
     :param seeds: of the runs

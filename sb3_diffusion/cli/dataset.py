@@ -26,7 +26,7 @@ def dataset_summary(source: str, /, *, json: bool = False) -> int:
         sb3-diffusion dataset summary mujoco/hopper/medium-v0
         sb3-diffusion dataset summary logs.hdf5 --json
 
-    :param source: Minari id, path of an HDF5 file in D4RL's layout or of a .npz file, or D4RL name
+    :param source: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name
     :param json: print one JSON object instead of text
     :return: exit status
     """
@@ -43,7 +43,7 @@ def dataset_plot(source: str, /, *, out: Path = Path("dataset.png")) -> int:
 
         sb3-diffusion dataset plot mujoco/hopper/medium-v0 --out hopper.png
 
-    :param source: Minari id, path of an HDF5 file in D4RL's layout or of a .npz file, or D4RL name
+    :param source: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name
     :param out: picture to write; its suffix decides the format
     :return: exit status
     """
@@ -65,7 +65,7 @@ def dataset_convert(source: str, target: str, /, *, env: str | None = None) -> i
         sb3-diffusion dataset convert hopper-medium-v2 hopper.npz
         sb3-diffusion dataset convert my/robot/log-v0 robot.mmap
 
-    :param source: Minari id, path of an HDF5 file in D4RL's layout or of a .npz file, or D4RL name
+    :param source: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name
     :param target: a path that ends in .hdf5, .h5, .npz or .mmap, or a Minari id that ends in a version; must not exist yet
     :param env: Gymnasium id that decides over the spaces that the source leaves open
     :return: exit status

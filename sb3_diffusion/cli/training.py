@@ -143,8 +143,8 @@ def train(
         sb3-diffusion train --algo diffusion_ql --env Pendulum-v1 --steps 20000 --set n_diffusion_steps=10 batch_size=128
 
     :param algo: name of the algorithm, such as dtql or diffusion_ql; dtql by default
-    :param dataset: Minari id, path of an HDF5 file in D4RL's layout or of a .npz file, or D4RL name; without one training is
-        online
+    :param dataset: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name; without one
+        training is online
     :param env: Gymnasium id; by default the environment of the dataset
     :param steps: timesteps in total, those before --resume included; gradient steps offline, env steps online; 100,000 by
         default

@@ -711,11 +711,12 @@ class OfflineAlgorithm(WatchedAlgorithm):
         """
         Act as the policy does, in the model's ``precision``.
 
-        :param observation: one observation or a batch of them
+        :param observation: one observation, shape ``obs_shape``, or a batch, ``(n, *obs_shape)``; a dict of such arrays for
+            ``Dict`` observations
         :param state: what the last call returned, of policies that have a state
-        :param episode_start: which rows begin an episode
+        :param episode_start: which rows begin an episode, shape ``(n,)``
         :param deterministic: draw nothing at random
-        :return: actions in env units, and the next state
+        :return: actions in env units, shape ``(action_dim,)`` or ``(n, action_dim)``, and the next state
         """
         with autocast(self.precision, self.device):
             return super().predict(observation, state, episode_start, deterministic)

@@ -530,13 +530,16 @@ class Diffuser(OfflineAlgorithm):
         """
         Plan from each observation of a batch.
 
-        :param obs: one observation or a batch of them
-        :param goal: where the windows end, one or one per observation; only if ``goal_conditioned``. None takes
-            ``desired_goal``
+        :param obs: one observation, shape ``obs_shape``, or a batch, ``(n, *obs_shape)``; a dict of such arrays for ``Dict``
+            observations
+        :param goal: where the windows end, shape ``goal_shape``, or ``(n, *goal_shape)`` with one per observation; only if
+            ``goal_conditioned``. None takes ``desired_goal``
         :param n_candidates: plans drawn per observation; None for the model's
         :param deterministic: draw nothing at random, see [DiffuserPolicy][sb3_diffusion.diffuser.policies.DiffuserPolicy]
         :param seed: of the random numbers of this call; None goes on with the model's own
-        :return: the best plan of each observation; of a single observation, without the axis of the batch
+        :return: the best plan of each observation: ``observations`` ``(n, horizon, *obs_shape)`` and ``actions``
+            ``(n, horizon, action_dim)`` in env units, ``values`` ``(n,)``; of a single observation, without
+            the axis of the batch
         :raises ValueError: if there is a goal and no place for it, or the other way round, or no value to choose by
         """
         n_candidates = self.n_candidates if n_candidates is None else n_candidates
