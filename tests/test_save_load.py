@@ -649,6 +649,55 @@ def test_a_file_that_makes_no_model(
         DTQL.load("model.zip", env=env)
 
 
+class BreakingEnv(gym.Wrapper):
+    """Its third episode breaks off."""
+
+    n_steps = 0
+
+    def step(self, action: Any) -> Any:
+        self.n_steps += 1
+        if self.n_steps == 25:
+            raise OSError("the motor does not answer")
+        return self.env.step(action)
+
+
+def test_a_broken_environment_leaves_a_model_that_can_be_saved(spec: AlgoSpec, tmp_path: Path) -> None:
+    env = BreakingEnv(gym.make(POINT_ENV))
+    model = spec.make(env, gradient_steps=1)
+    with pytest.raises(OSError, match="motor"):
+        model.learn(40)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = spec.cls.load(tmp_path / "model", env=POINT_ENV, device="cpu")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert loaded.replay_buffer.size() == 24
+    assert_equal_models(loaded, model)
+    loaded.learn(5, reset_num_timesteps=False)
+    n_before = model.replay_buffer.size()
+    model.learn(12, reset_num_timesteps=False)  # the same environment, mended: a new episode begins
+    buffer = model.replay_buffer
+    assert not np.allclose(buffer.next_observations[n_before - 1], buffer.observations[n_before])
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_broken_callback_leaves_a_model_that_can_be_saved(
+    spec: AlgoSpec, offline: bool, box_dataset: OfflineDataset, tmp_path: Path
+) -> None:
+    def break_off(variables: dict[str, Any], _: Any) -> bool:
+        if variables["self"].num_timesteps >= 14:
+            raise KeyError("no such plot")
+        return True
+
+    model = spec.make(POINT_ENV, dataset=box_dataset if offline else None)
+    with pytest.raises(KeyError, match="plot"):
+        model.learn(20, callback=break_off)
+    model.save(tmp_path / "model")
+    loaded = spec.cls.load(tmp_path / "model", env=POINT_ENV, dataset=box_dataset if offline else None, device="cpu")
+    assert_equal_models(loaded, model)
+    model.learn(4, reset_num_timesteps=False)
+    assert loaded.learn(4, reset_num_timesteps=False).num_timesteps == 18
+
+
 def test_a_replay_file_of_another_kind_of_buffer(tmp_path: Path) -> None:
     """A file's own class decides; it has to be the model's, and windows have to be as long."""
     small = dict(policy_kwargs=dict(net_arch=[8]), buffer_size=10, device="cpu")

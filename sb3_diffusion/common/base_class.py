@@ -599,15 +599,19 @@ class OfflineAlgorithm(WatchedAlgorithm):
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
             first_update = self._online_start + self.learning_starts
-            rollout = self.collect_rollouts(
-                self.env,
-                train_freq=self.train_freq,
-                action_noise=self.action_noise,
-                callback=callback,
-                learning_starts=first_update if self._n_updates == 0 else 0,
-                replay_buffer=self.replay_buffer,  # type: ignore[arg-type]
-                log_interval=log_interval,
-            )
+            try:
+                rollout = self.collect_rollouts(
+                    self.env,
+                    train_freq=self.train_freq,
+                    action_noise=self.action_noise,
+                    callback=callback,
+                    learning_starts=first_update if self._n_updates == 0 else 0,
+                    replay_buffer=self.replay_buffer,  # type: ignore[arg-type]
+                    log_interval=log_interval,
+                )
+            except BaseException:
+                self._last_obs = None  # nobody knows where the environment stands: what goes on later resets it
+                raise
             if not rollout.continue_training and not self._finish_step(callback.locals):
                 break
             n_updates = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
