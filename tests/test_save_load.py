@@ -745,6 +745,8 @@ def test_bare_arrays_take_their_spaces_from_the_file(spec: AlgoSpec, tmp_path: P
         terminals=np.arange(60) % 20 == 19,
     )
     spec.make("Pendulum-v1").save(tmp_path / "model")
+    loaded = spec.cls.load(tmp_path / "model", env=gym.make("Pendulum-v1", max_episode_steps=10), dataset=rows, device="cpu")
+    assert set(loaded.dataset.episode_lengths) == {9, 10}  # cut by the time limit of the environment, or terminated
     loaded = spec.cls.load(tmp_path / "model", dataset=rows, device="cpu")
     assert loaded.dataset.action_space == spaces.Box(-2.0, 2.0, (1,))
     loaded.learn(1)

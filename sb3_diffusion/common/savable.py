@@ -134,7 +134,7 @@ class SavableAlgorithm(OffPolicyAlgorithm):
                 f"`policy_kwargs` must equal the saved ones, {saved_policy_kwargs}: got {kwargs['policy_kwargs']}. "
                 "Leave them out, or build a new model and take the parameters over by `set_parameters`."
             )
-        if dataset is not None:
+        if dataset is not None and env is None:
             dataset = load_dataset_for(dataset, data["observation_space"], data["action_space"])
         if env is not None:
             env = cls._wrap_env(made_env(env, data["verbose"]), data["verbose"])
