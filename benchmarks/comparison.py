@@ -48,13 +48,13 @@ class Method(NamedTuple):
 
 
 # As many updates with a learning rate above 0 as the presets have in their 50,000
-DIFFUSION_QL = dict(learning_rate=LinearSchedule(3e-4, 0.0, 0.625))
+DIFFUSION_QL: dict[str, Any] = dict(learning_rate=LinearSchedule(3e-4, 0.0, 0.625))
 METHODS = {
     "BehaviorCloning": Method("bc"),
     "TD3BC": Method("td3_bc"),
     "DTQL": Method("dtql", "locomotion", dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))),
-    "DiffusionQL": Method("diffusion_ql", "locomotion", dict(DIFFUSION_QL, n_sampling_steps=None)),
-    "DiffusionQL, 2 sampling steps": Method("diffusion_ql", "locomotion", DIFFUSION_QL),
+    "DiffusionQL": Method("diffusion_ql", "locomotion", DIFFUSION_QL),
+    "DiffusionQL, 2 sampling steps": Method("diffusion_ql", "locomotion", dict(DIFFUSION_QL, n_sampling_steps=2)),
     "DiffSR": Method("diffsr", "small"),
     "BellmanDiffusion": Method("bellman_diffusion", "locomotion", dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))),
     "Diffuser": Method(
@@ -82,7 +82,7 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
 TEXT = (
     f"{N_UPDATES:,} gradient steps, {N_EVALUATIONS} evaluations of {N_EPISODES} episodes each, deterministic actions. One "
     "setting per method (`benchmarks/comparison.py`): presets `locomotion` with learning rates that fall over as many updates "
-    "as in their 50,000, DiffusionQL with all five steps of its chain and with the preset's two, DiffSR `small`, Diffuser "
+    "as in their 50,000, DiffusionQL with all five steps of its chain and with two, DiffSR `small`, Diffuser "
     "with a U-Net of three levels, horizon 8, unguided, every action from a new plan of two DDIM steps. Published runs take "
     "1,000,000 updates or more."
 )

@@ -49,14 +49,14 @@ LOCOMOTION: dict[str, Any] = dict(
     learning_rate=LinearSchedule(3e-4, 0.0, end_fraction=0.25),
     gamma=0.995,
     n_steps=5,
-    n_sampling_steps=2,
     ema_decay=0.9995,
     default_total_timesteps=50_000,
 )
 """
 Our own for dense rewards and long episodes, as DTQL's of the same name: values that see a fall that is 200 steps away and
 travel there fast enough, a longer average, and learning rates that end before the policy follows what the critic does not
-know. Two steps through the chain of five, in training and when acting, let the action value reach the actor.
+know. The action value reaches the actor better through two steps of the chain of five (``n_sampling_steps=2``), which pays on
+data of one middling behaviour; on others the policy falls at once.
 """
 
 PRESETS: dict[str, dict[str, Any]] = {
