@@ -95,12 +95,13 @@ MORE: dict[str, str] = {
 }
 
 
-def make(task: str, name: str, dataset: OfflineDataset, seed: int) -> OfflineAlgorithm:
+def make(task: str, name: str, dataset: OfflineDataset, seed: int, compiled: bool = False) -> OfflineAlgorithm:
     """
     :param task: key of ``TASKS``
     :param name: key of ``METHODS``
     :param dataset: to learn from
     :param seed: of the run
+    :param compiled: use ``torch.compile``: other rounding, sooner at the end
     :return: a new model
     """
     algo, preset, settings = METHODS[name]
@@ -109,16 +110,17 @@ def make(task: str, name: str, dataset: OfflineDataset, seed: int) -> OfflineAlg
     published.pop("default_total_timesteps", None)
     settings = {**published, **settings, **CHANGES.get((task, name), {})}
     alias = policy_alias(dataset.observation_space)
-    return cls(alias, TASKS[task][1], dataset=dataset, seed=seed, device="cpu", **settings)  # type: ignore[arg-type]
+    return cls(alias, TASKS[task][1], dataset=dataset, seed=seed, device="cpu", compile=compiled, **settings)  # type: ignore[arg-type]
 
 
-def compare(task: str, name: str, seed: int) -> None:
+def compare(task: str, name: str, seed: int, compiled: bool = False) -> None:
     """
     Fill one cell, with one seed.
 
     :param task: key of ``TASKS``
     :param name: key of ``METHODS``
     :param seed: of the run
+    :param compiled: see `make`
     """
     cls, (source, env_id) = CLASSES[METHODS[name].algo], TASKS[task]
     dataset = load_dataset(source)
@@ -130,12 +132,14 @@ def compare(task: str, name: str, seed: int) -> None:
 
     def load(path: Path) -> OfflineAlgorithm:
         policy_class = cls.policy_aliases[policy_alias(dataset.observation_space)]  # a file brings no code of its own
-        return cls.load(path, env=env_id, dataset=dataset, device="cpu", custom_objects={"policy_class": policy_class})
+        return cls.load(
+            path, env=env_id, dataset=dataset, device="cpu", compile=compiled, custom_objects={"policy_class": policy_class}
+        )
 
     run(
         name,
         seed,
-        lambda: make(task, name, dataset, seed),
+        lambda: make(task, name, dataset, seed, compiled),
         load,
         N_UPDATES,
         env_id or make_eval_env,
@@ -154,12 +158,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile: pays for runs of ten minutes and more")
     options = parser.parse_args()
     th.set_num_threads(options.threads)
     for seed in options.seeds:
         for task in options.tasks:
             for name in options.methods:
-                compare(task, name, seed)
+                compare(task, name, seed, options.compile)
 
 
 if __name__ == "__main__":
