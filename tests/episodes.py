@@ -7,7 +7,7 @@ from gymnasium import spaces
 from hypothesis import strategies as st
 
 from sb3_diffusion.buffers import EpisodeReplayBuffer
-from sb3_diffusion.buffers.storage import DeviceMirror
+from sb3_diffusion.buffers.device_mirror import DeviceMirror
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)

@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Repla
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_diffusion.buffers import EpisodeReplayBuffer, concat_samples, storage
-from sb3_diffusion.buffers.storage import DeviceMirror
+from sb3_diffusion.buffers.device_mirror import DeviceMirror
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)

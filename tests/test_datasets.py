@@ -242,7 +242,7 @@ INTEGER_SPACES = {  # with observations inside, and the last one outside
 @pytest.mark.parametrize("dtype", [np.int64, np.int16, np.float32])
 @pytest.mark.parametrize("kind", INTEGER_SPACES)
 def test_integers_outside_of_their_space_are_located(kind: str, dtype: type, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sb3_diffusion.datasets.offline_dataset._CHUNK", 2)
+    monkeypatch.setattr("sb3_diffusion.datasets.arrays.CHUNK_ROWS", 2)
     space, rows, value, allowed = INTEGER_SPACES[kind]
     good = np.array((rows[:-1] * 5)[:5], dtype)
     data = toy_dataset(observations=good, next_observations=good, observation_space=space)
@@ -257,7 +257,7 @@ def test_integers_outside_of_their_space_are_located(kind: str, dtype: type, mon
 
 
 def test_bytes_of_pictures_need_no_look(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sb3_diffusion.datasets.offline_dataset._CHUNK", None)  # what reads data needs it
+    monkeypatch.setattr("sb3_diffusion.datasets.arrays.CHUNK_ROWS", None)  # what reads data needs it
     images = np.arange(20, dtype=np.uint8).reshape(5, 2, 2, 1)
     space = spaces.Box(0, 255, (2, 2, 1), np.uint8)
     with pytest.raises(TypeError):
@@ -678,7 +678,7 @@ def test_d4rl_without_next_observations(tmp_path: Path):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_flat_arrays_overwrite_their_source_only_if_allowed(keep: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sb3_diffusion.datasets.d4rl_hdf5._CHUNK", 3)
+    monkeypatch.setattr("sb3_diffusion.datasets.arrays.CHUNK_ROWS", 3)
     arrays = toy_arrays(40, (3, 20))
     timeouts = np.zeros(40, bool)
     timeouts[[0, 7, 8, 15, 30]] = True

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from sb3_diffusion import DTQL, FutureStateReplayBuffer, OfflineDataset, TrajectoryReplayBuffer, load_dataset
 from sb3_diffusion.buffers import EpisodeReplayBuffer
 from sb3_diffusion.datasets import MemoryMappedWriter, load_minari_parts, write_dataset, write_minari
-from sb3_diffusion.datasets.offline_dataset import column_moments
+from sb3_diffusion.datasets.arrays import column_moments
 
 TARGETS = ["folder/log.hdf5", "folder/log.npz", "folder/log.mmap", "written/log/any-v0"]
 

@@ -10,8 +10,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_diffusion.buffers.device_mirror import DeviceMirror
 from sb3_diffusion.buffers.samples import Observations, TrajectorySamples
-from sb3_diffusion.buffers.storage import DeviceMirror, EpisodeReplayBuffer
+from sb3_diffusion.buffers.storage import EpisodeReplayBuffer
 from sb3_diffusion.common.distributed import own_rows
 
 PADDINGS = ("repeat", "zeros", None)

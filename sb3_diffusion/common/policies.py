@@ -19,7 +19,7 @@ from sb3_diffusion.common.samplers import SAMPLERS, STOCHASTIC_SAMPLERS
 from sb3_diffusion.common.serialization import PickleFreeModule
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
 from sb3_diffusion.common.utils import check_choice, check_range, make_optimizer, move_average
-from sb3_diffusion.datasets.offline_dataset import column_moments
+from sb3_diffusion.datasets.arrays import column_moments
 
 SelfNetwork = TypeVar("SelfNetwork", bound="Network")
 

@@ -7,7 +7,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_diffusion.datasets import OfflineDataset
-from sb3_diffusion.datasets.offline_dataset import column_moments
+from sb3_diffusion.datasets.arrays import column_moments
 
 
 def _observation_statistics(env: VecNormalize) -> dict[str | None, RunningMeanStd]:

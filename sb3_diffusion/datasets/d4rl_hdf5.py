@@ -12,26 +12,18 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+from sb3_diffusion.datasets.arrays import Observations, as_column, check_flags, chunks, count_rows, flatten_observations
 from sb3_diffusion.datasets.description import ARRAYS_KEY, HDF5_KEY, read_description
 from sb3_diffusion.datasets.hdf5 import child, open_hdf5, read_tree
 from sb3_diffusion.datasets.numpy_files import read_npz
-from sb3_diffusion.datasets.offline_dataset import (
-    Observations,
-    OfflineDataset,
-    as_column,
-    check_flags,
-    count_rows,
-    flatten_observation_space,
-    flatten_observations,
-)
+from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 from sb3_diffusion.datasets.reference_scores import D4RL_LABEL, d4rl_env_id, d4rl_horizon, d4rl_scores
+from sb3_diffusion.datasets.spaces import flatten_observation_space
 
 _REQUIRED = ("observations", "actions", "rewards", "terminals")
 # Suffixes by which a string is taken for a file.
 HDF5_SUFFIXES = (".hdf5", ".h5")
 ARRAYS_SUFFIX = ".npz"
-# Rows moved together.
-_CHUNK = 65_536
 
 
 class EnvironmentFacts(NamedTuple):
@@ -396,7 +388,6 @@ def _rows(arrays: Any, rows: np.ndarray, copy: bool = True) -> Any:
         return {key: _rows(array, rows, copy) for key, array in arrays.items()}
     if copy:
         return arrays[rows]
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
+    for start, chunk in chunks(rows):
         arrays[start : start + len(chunk)] = arrays[chunk]
     return arrays[: len(rows)]

@@ -10,15 +10,12 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
+from sb3_diffusion.datasets.arrays import flatten_observations
 from sb3_diffusion.datasets.env_specs import register_robotics
 from sb3_diffusion.datasets.loading import load_dataset, open_minari_source
 from sb3_diffusion.datasets.minari_dataset import known_environment
-from sb3_diffusion.datasets.offline_dataset import (
-    OfflineDataset,
-    flatten_observation_space,
-    flatten_observations,
-    stacked_space,
-)
+from sb3_diffusion.datasets.offline_dataset import OfflineDataset
+from sb3_diffusion.datasets.spaces import flatten_observation_space, stacked_space
 
 # A time limit this many times longer than every recorded episode is none that evaluation could wait for.
 _ABSURD_LIMIT = 100

@@ -13,6 +13,7 @@ import gymnasium as gym
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+from sb3_diffusion.datasets.arrays import Observations
 from sb3_diffusion.datasets.d4rl_hdf5 import (
     ARRAYS_SUFFIX,
     HDF5_SUFFIXES,
@@ -26,14 +27,10 @@ from sb3_diffusion.datasets.d4rl_hdf5 import (
 )
 from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX, load_memory_mapped
 from sb3_diffusion.datasets.minari_dataset import load_minari, minari_root, open_minari
-from sb3_diffusion.datasets.offline_dataset import (
-    Observations,
-    OfflineDataset,
-    flatten_observation_space,
-    space_mismatch,
-)
+from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 from sb3_diffusion.datasets.replay_buffer import from_replay_buffer
 from sb3_diffusion.datasets.scripted import EMBEDDED_DATASETS, embedded_dataset
+from sb3_diffusion.datasets.spaces import flatten_observation_space, space_mismatch
 
 _REQUIRED_KEYS = {"observations", "actions", "rewards", "terminals"}
 _OPTIONAL_KEYS = {"timeouts", "next_observations"}

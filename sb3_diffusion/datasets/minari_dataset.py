@@ -12,15 +12,12 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+from sb3_diffusion.datasets.arrays import flatten_observations
 from sb3_diffusion.datasets.env_specs import trusted_spec
 from sb3_diffusion.datasets.hdf5 import child, open_hdf5, read_tree
-from sb3_diffusion.datasets.offline_dataset import (
-    OfflineDataset,
-    check_action_space,
-    flatten_observation_space,
-    flatten_observations,
-)
+from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 from sb3_diffusion.datasets.reference_scores import D4RL_REFERENCED_LABEL, minari_scores
+from sb3_diffusion.datasets.spaces import check_action_space, flatten_observation_space
 
 MINARI_EXTRA = 'Minari datasets need the package minari: pip install "sb3-diffusion[minari]"'
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -12,14 +12,34 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-Observations = np.ndarray | dict[str, np.ndarray]
+from sb3_diffusion.datasets.arrays import (
+    Observations,
+    as_column,
+    check_flags,
+    chunks,
+    count_bad_rows,
+    count_rows,
+    delayed,
+    flatten_observations,
+    leaves,
+    place_of,
+    statistics,
+    take_rows,
+    with_shape,
+)
+from sb3_diffusion.datasets.spaces import (
+    check_action_space,
+    flatten_observation_space,
+    integer_bounds,
+    space_mismatch,
+    stacked_space,
+    stacks_first,
+)
 
 # Actions this far outside of the Box (as a share of its width) are rounding of a lower precision, and are put on the bound.
 ACTION_TOLERANCE = 1e-3
 # Share of the width of the Box next to a bound in which an action counts as saturated.
 SATURATION_MARGIN = 0.01
-# Rows looked at together, so that checks need no temporary of the size of the data.
-_CHUNK = 65_536
 
 
 class Episode(NamedTuple):
@@ -156,14 +176,13 @@ class OfflineDataset:
         """
         if array.dtype.kind not in "fiub":
             raise ValueError(f"`{field}` must hold numbers: got dtype {array.dtype}.")
-        for start in range(0, len(array), _CHUNK):
-            chunk = array[start : start + _CHUNK]
+        for start, chunk in chunks(array):
             with np.errstate(over="ignore"):
                 finite = np.isfinite(chunk.astype(np.float32, copy=False)).reshape(len(chunk), -1)
             if not finite.all():
                 index = int(np.argmin(finite.all(axis=1)))
                 value = chunk[index].reshape(-1)[int(np.argmin(finite[index]))]
-                count = _count_bad_rows(array)
+                count = count_bad_rows(array)
                 raise ValueError(
                     f"`{field}` must be finite in float32: got {value} at {self._where(start + index)}; {count} of "
                     f"{len(array)} steps are affected. Drop or repair these episodes before loading."
@@ -200,7 +219,7 @@ class OfflineDataset:
         :return: the array with its final type
         """
         assert space.shape is not None
-        array = _with_shape(array, space.shape, field)
+        array = with_shape(array, space.shape, field)
         if isinstance(space, spaces.Box) and space.dtype.kind == "f":
             return self._checked_floats(array, field)
         if array.dtype.kind not in "iu":  # integers that came as floats or booleans
@@ -221,13 +240,12 @@ class OfflineDataset:
         :param space: space of one observation
         :param field: its name
         """
-        low, high = _integer_bounds(space)
+        low, high = integer_bounds(space)
         if array.dtype.kind in "iu":
             stored = np.iinfo(array.dtype)
             if (low <= stored.min).all() and (high >= stored.max).all():  # such as bytes of a picture: no need to look
                 return
-        for start in range(0, len(array), _CHUNK):
-            chunk = array[start : start + _CHUNK]
+        for start, chunk in chunks(array):
             if (chunk.min(axis=0) >= low).all() and (chunk.max(axis=0) <= high).all():
                 continue
             outside = ((chunk < low) | (chunk > high)).reshape(len(chunk), -1)
@@ -247,7 +265,7 @@ class OfflineDataset:
         :param clip_actions: whether to clip what lies outside
         :return: float32, inside of the Box
         """
-        actions = self._checked_floats(_with_shape(actions, self.action_space.shape, "actions"), "actions")
+        actions = self._checked_floats(with_shape(actions, self.action_space.shape, "actions"), "actions")
         low, high = self.action_space.low.astype(np.float32), self.action_space.high.astype(np.float32)
         if (actions.min(axis=0) >= low).all() and (actions.max(axis=0) <= high).all():
             return actions
@@ -333,7 +351,7 @@ class OfflineDataset:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays together."""
-        arrays = [*dict(_leaves(self.observations, "")).values(), *dict(_leaves(self.next_observations, "")).values()]
+        arrays = [*dict(leaves(self.observations, "")).values(), *dict(leaves(self.next_observations, "")).values()]
         arrays += [self.actions, self.rewards, self.terminations, self.truncations, self.episode_ends, self.episode_starts]
         return sum(array.nbytes for array in arrays)
 
@@ -426,7 +444,7 @@ class OfflineDataset:
         :return: both arrays stacked
         """
         assert isinstance(space, spaces.Box)
-        axis = 1 if _stacks_first(space) else observations.ndim - 1
+        axis = 1 if stacks_first(space) else observations.ndim - 1
         width = observations.shape[axis]
         shape = list(observations.shape)
         shape[axis] *= n_stack
@@ -435,9 +453,9 @@ class OfflineDataset:
         for age in range(n_stack):  # the observation `age` steps ago goes to slot n_stack - 1 - age
             slot = [slice(None)] * observations.ndim
             slot[axis] = slice((n_stack - 1 - age) * width, (n_stack - age) * width)
-            stacked[tuple(slot)] = _delayed(observations, steps, age)
+            stacked[tuple(slot)] = delayed(observations, steps, age)
             # one step later each of them is one step older
-            stacked_next[tuple(slot)] = next_observations if age == 0 else _delayed(observations, steps, age - 1)
+            stacked_next[tuple(slot)] = next_observations if age == 0 else delayed(observations, steps, age - 1)
         return stacked, stacked_next
 
     # What people look at ----------------------------------------------------------------------------------------------
@@ -460,11 +478,11 @@ class OfflineDataset:
             "megabytes": round(self.nbytes / 1e6, 1),
             "observation_space": str(self.observation_space),
             "action_space": str(self.action_space),
-            "returns": _statistics(returns),
-            "lengths": _statistics(lengths),
+            "returns": statistics(returns),
+            "lengths": statistics(lengths),
             "n_terminated": int(self.terminations.sum()),
             "n_truncated": int(self.truncations.sum()),
-            "rewards": _statistics(self.rewards),
+            "rewards": statistics(self.rewards),
             "nonzero_rewards": float(np.count_nonzero(self.rewards) / len(self)),
             "action_min": flat.min(axis=0).tolist(),
             "action_max": flat.max(axis=0).tolist(),
@@ -560,349 +578,13 @@ class _Episodes(Sequence[Episode]):
         start, end = int(data.episode_starts[index]), int(data.episode_ends[index])
         rows = slice(start, end + 1)
         return Episode(
-            _take(data.observations, rows),
+            take_rows(data.observations, rows),
             data.actions[rows],
             data.rewards[rows],
-            _take(data.next_observations, rows),
+            take_rows(data.next_observations, rows),
             bool(data.terminations[end]),
             bool(data.truncations[end]),
         )
 
     def __repr__(self) -> str:
         return f"<{len(self)} episodes of {self._dataset!r}>"
-
-
-# Spaces ---------------------------------------------------------------------------------------------------------------
-
-
-def check_action_space(action_space: spaces.Space) -> None:
-    """
-    Refuse actions that are not continuous.
-
-    :param action_space: space of the data
-    :raises TypeError: if it is not a Box
-    """
-    if not isinstance(action_space, spaces.Box):
-        raise TypeError(
-            f"Actions must be continuous (a Box): got {action_space}. The diffusion methods of this package generate real "
-            "vectors; they cannot learn from data with discrete actions."
-        )
-
-
-def flatten_observation_space(space: spaces.Space) -> spaces.Space:
-    """
-    Bring a Dict of Dicts to one level, keys joined by ``"."``; all else stays.
-
-    :param space: observation space of an environment or dataset
-    :return: a Box, Discrete, MultiDiscrete or MultiBinary space, or a Dict of these
-    :raises TypeError: if a part is something else (Tuple, Text, Graph, ...)
-    """
-    if not isinstance(space, spaces.Dict):
-        _check_leaf_space(space, "The observation space")
-        return space
-    flat: dict[str, spaces.Space] = {}
-    for key, subspace in _walk_space(space, ""):
-        _check_leaf_space(subspace, f"The observation {key!r}")
-        if key in flat:
-            raise ValueError(f"Two observations would both be called {key!r} once the nested Dict is flat; rename one.")
-        flat[key] = subspace
-    if set(flat) == set(space.spaces):
-        return space
-    return spaces.Dict(flat)
-
-
-def flatten_observations(observations: Any) -> Any:
-    """
-    Bring a (nested) dict of arrays to one level, keys joined by ``"."``.
-
-    :param observations: an array, or a nested dict of arrays, or something that numpy makes an array of
-    :return: an array, or a flat dict of arrays
-    """
-    if isinstance(observations, Mapping):
-        return dict(_leaves(observations, ""))
-    if isinstance(observations, tuple):
-        raise TypeError("Tuple observations are not supported: got a tuple of arrays; give a dict of arrays instead.")
-    return np.asarray(observations)
-
-
-def stacked_space(space: spaces.Space, n_stack: int) -> spaces.Space:
-    """
-    Space of ``n_stack`` observations put together.
-
-    :param space: a Box or a Dict of Box
-    :param n_stack: number of observations
-    :return: the space with its bounds repeated; those of integers have room for the zeros before the start of an episode
-    :raises TypeError: for other spaces
-    """
-    if isinstance(space, spaces.Dict):
-        return spaces.Dict({key: stacked_space(subspace, n_stack) for key, subspace in space.spaces.items()})
-    if not isinstance(space, spaces.Box) or not space.shape:
-        raise TypeError(f"Only Box observations (and Dicts of them) can be stacked: got {space}.")
-    axis = 0 if _stacks_first(space) else -1
-    low, high = np.repeat(space.low, n_stack, axis=axis), np.repeat(space.high, n_stack, axis=axis)
-    if space.dtype.kind in "iu" and n_stack > 1:
-        low, high = np.minimum(low, 0), np.maximum(high, 0)
-    return spaces.Box(low, high, dtype=space.dtype.type)
-
-
-def space_mismatch(data_space: spaces.Space, env_space: spaces.Space, bounds: bool = False) -> str | None:
-    """
-    Say in what two spaces differ that matters to the data.
-
-    :param data_space: of the dataset
-    :param env_space: of an environment
-    :param bounds: whether the bounds of a Box must agree
-    :return: None if they fit
-    """
-    if isinstance(data_space, spaces.Dict):
-        if not isinstance(env_space, spaces.Dict):
-            return "the dataset has a Dict of observations, the environment has not"
-        env_space = flatten_observation_space(env_space)
-        assert isinstance(env_space, spaces.Dict)
-        if set(data_space.spaces) != set(env_space.spaces):
-            return f"keys {sorted(data_space.spaces)} against {sorted(env_space.spaces)}"
-        for key, subspace in data_space.spaces.items():
-            problem = space_mismatch(subspace, env_space.spaces[key], bounds)
-            if problem:
-                return f"{key!r}: {problem}"
-        return None
-    if type(data_space) is not type(env_space):
-        return f"{type(data_space).__name__} against {type(env_space).__name__}"
-    if isinstance(data_space, spaces.Box) and isinstance(env_space, spaces.Box):
-        if data_space.shape != env_space.shape:
-            if is_image_space(data_space) and _transposed_shape(data_space) == env_space.shape:
-                return None
-            return f"shape {data_space.shape} against {env_space.shape}"
-        if (data_space.dtype.kind == "f") != (env_space.dtype.kind == "f"):
-            return f"{data_space.dtype} against {env_space.dtype}"
-        if bounds and not (
-            np.allclose(data_space.low, env_space.low, rtol=1e-4) and np.allclose(data_space.high, env_space.high, rtol=1e-4)
-        ):
-            return "different bounds"
-        return None
-    return None if data_space == env_space else "different sizes"
-
-
-def is_image_space(space: spaces.Space) -> bool:
-    """
-    Tell images from other observations by SB3's rule.
-
-    :param space: space of one observation
-    :return: whether it is a uint8 Box of three axes from 0 to 255
-    """
-    return (
-        isinstance(space, spaces.Box)
-        and space.dtype == np.uint8
-        and len(space.shape) == 3
-        and bool(np.all(space.low == 0) and np.all(space.high == 255))
-    )
-
-
-def _integer_bounds(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
-    """
-    :param space: of integers: a Box of them, Discrete, MultiDiscrete or MultiBinary
-    :return: the smallest and the largest values, two arrays of the shape of the space
-    """
-    if isinstance(space, spaces.Box):
-        return space.low, space.high
-    if isinstance(space, spaces.MultiBinary):
-        return np.zeros(space.shape, np.int64), np.ones(space.shape, np.int64)
-    assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
-    count = space.n if isinstance(space, spaces.Discrete) else space.nvec
-    low = np.asarray(space.start, np.int64)
-    return low, np.asarray(low + np.asarray(count, np.int64) - 1)
-
-
-def _stacks_first(space: spaces.Box) -> bool:
-    """
-    :param space: of one observation
-    :return: whether it is an image with its channels on the first axis (the smallest one)
-    """
-    return is_image_space(space) and int(np.argmin(space.shape)) == 0
-
-
-def _transposed_shape(space: spaces.Box) -> tuple[int, ...]:
-    """
-    :param space: of an image
-    :return: its shape with the channels on the other side
-    """
-    if _stacks_first(space):
-        return (*space.shape[1:], space.shape[0])
-    return (space.shape[-1], *space.shape[:-1])
-
-
-def _walk_space(space: spaces.Dict, prefix: str) -> Iterator[tuple[str, spaces.Space]]:
-    """
-    :param space: Dict that may hold Dicts
-    :param prefix: what the keys start with
-    :return: pairs of joined key and part that is not a Dict
-    """
-    for key, subspace in space.spaces.items():
-        if isinstance(subspace, spaces.Dict):
-            yield from _walk_space(subspace, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", subspace
-
-
-def _check_leaf_space(space: spaces.Space, label: str) -> None:
-    """
-    :param space: a part of an observation space
-    :param label: what to call it
-    """
-    if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        raise TypeError(
-            f"{label} must be a Box, Discrete, MultiDiscrete or MultiBinary space or a Dict of these: got {space}. "
-            "Wrap the environment so that it gives a Dict, and record again."
-        )
-
-
-# Arrays ---------------------------------------------------------------------------------------------------------------
-
-
-def place_of(row: int, episode_ends: np.ndarray) -> str:
-    """
-    Name a row for people.
-
-    :param row: index into the arrays
-    :param episode_ends: rows of the last steps, ascending
-    :return: such as "episode 3, step 17"
-    """
-    episode = int(np.searchsorted(episode_ends, row))
-    return f"episode {episode}, step {row - (int(episode_ends[episode - 1]) + 1 if episode else 0)}"
-
-
-def check_flags(array: np.ndarray, field: str, episode_ends: np.ndarray) -> None:
-    """
-    Refuse flags that are neither true nor false.
-
-    :param array: as it came, ``(N,)``
-    :param field: its name
-    :param episode_ends: rows of the last steps, for the message
-    :raises ValueError: if another value than 0 and 1 is in it
-    """
-    if array.dtype == bool:
-        return
-    bad = np.flatnonzero(~np.isin(array, (0, 1)))
-    if len(bad):
-        place = place_of(int(bad[0]), episode_ends)
-        raise ValueError(f"`{field}` must hold 0 or 1 (or booleans): got {array[bad[0]]} at {place}.")
-
-
-def _leaves(observations: Any, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-    """
-    :param observations: array or nested mapping of arrays
-    :param prefix: name so far
-    :return: pairs of joined name and array
-    """
-    if isinstance(observations, Mapping):
-        for key, value in observations.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, np.asarray(observations)
-
-
-def _take(observations: Observations, rows: slice) -> Observations:
-    """
-    :param observations: array or dict of arrays
-    :param rows: which rows
-    :return: views of these rows
-    """
-    if isinstance(observations, dict):
-        return {key: value[rows] for key, value in observations.items()}
-    return observations[rows]
-
-
-def _delayed(observations: np.ndarray, steps: np.ndarray, age: int) -> np.ndarray:
-    """
-    :param observations: ``(N, *shape)``
-    :param steps: ``(N,)`` number of the step within its episode
-    :param age: how many steps to look back
-    :return: at each row the observation ``age`` steps ago, zeros where the episode was not that old
-    """
-    delayed = observations[np.maximum(np.arange(len(observations)) - age, 0)]
-    delayed[steps < age] = 0
-    return delayed
-
-
-def as_column(array: Any, field: str) -> np.ndarray:
-    """
-    :param array: ``(N,)`` or ``(N, 1)``
-    :param field: its name
-    :return: ``(N,)``
-    :raises ValueError: if it has another shape
-    """
-    array = np.asarray(array)
-    if array.ndim == 2 and array.shape[1] == 1:
-        return array[:, 0]
-    if array.ndim != 1:
-        raise ValueError(f"`{field}` must have shape (N,) or (N, 1): got {array.shape}.")
-    return array
-
-
-def _with_shape(array: np.ndarray, shape: tuple[int, ...], field: str) -> np.ndarray:
-    """
-    :param array: with the steps as first axis
-    :param shape: of one row as the space has it
-    :param field: its name
-    :return: the array; a missing or superfluous axis of length 1 is put right
-    """
-    if array.shape[1:] == shape:
-        return array
-    if [n for n in array.shape[1:] if n != 1] == [n for n in shape if n != 1]:
-        return array.reshape(len(array), *shape)
-    raise ValueError(f"`{field}` must have shape (N, {', '.join(map(str, shape))}) for its space: got {array.shape}.")
-
-
-def count_rows(fields: Mapping[str, Any]) -> int:
-    """
-    :param fields: arrays and dicts of arrays by name; what is None is passed over
-    :return: the number of rows that all of them have
-    :raises ValueError: if they have different numbers, or none
-    """
-    parts = [part for field, value in fields.items() if value is not None for part in _leaves(value, field)]
-    lengths = {name: len(array) if array.ndim else 0 for name, array in parts}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{field} {length}" for field, length in lengths.items())
-        raise ValueError(
-            f"All arrays must have one row per step: got lengths {listed}. Episodes with T actions and T + 1 observations "
-            "must be split into `observations` (all but the last) and `next_observations` (all but the first)."
-        )
-    n_rows = next(iter(lengths.values()))
-    if n_rows == 0:
-        raise ValueError("The dataset is empty: expected at least one step; got arrays of length 0.")
-    return n_rows
-
-
-def _count_bad_rows(array: np.ndarray) -> int:
-    """
-    :param array: numbers with the steps as first axis
-    :return: number of rows with a NaN or infinity in float32
-    """
-    with np.errstate(over="ignore"):
-        return sum(
-            int((~np.isfinite(chunk.astype(np.float32, copy=False).reshape(len(chunk), -1)).all(axis=1)).sum())
-            for chunk in (array[start : start + _CHUNK] for start in range(0, len(array), _CHUNK))
-        )
-
-
-def _statistics(values: np.ndarray) -> dict[str, float]:
-    """
-    :param values: one number per episode or step
-    :return: mean, std, min, quartiles, max
-    """
-    quartiles = np.quantile(values, [0.0, 0.25, 0.5, 0.75, 1.0])
-    stats = dict(zip(("min", "q25", "median", "q75", "max"), map(float, quartiles), strict=True))
-    return {"mean": float(np.mean(values, dtype=np.float64)), "std": float(np.std(values, dtype=np.float64)), **stats}
-
-
-def column_moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Mean and variance over the rows, in two passes of a part at a time, so that data on the disk stays there.
-
-    :param values: ``(N, ...)``
-    :return: two arrays ``(...)``, float64
-    """
-    parts = [values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK)]
-    mean = np.sum([part.sum(axis=0, dtype=np.float64) for part in parts], axis=0) / len(values)
-    variance = np.sum([np.square(part - mean).sum(axis=0) for part in parts], axis=0) / len(values)
-    return mean, variance

@@ -7,12 +7,9 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from sb3_diffusion.datasets.offline_dataset import (
-    ACTION_TOLERANCE,
-    Observations,
-    OfflineDataset,
-    check_action_space,
-)
+from sb3_diffusion.datasets.arrays import Observations
+from sb3_diffusion.datasets.offline_dataset import ACTION_TOLERANCE, OfflineDataset
+from sb3_diffusion.datasets.spaces import check_action_space
 
 
 def from_replay_buffer(buffer: Any, name: str = "replay buffer") -> OfflineDataset:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from sb3_diffusion.datasets.arrays import Observations, place_of
 from sb3_diffusion.datasets.d4rl_hdf5 import ARRAYS_SUFFIX, HDF5_SUFFIXES
 from sb3_diffusion.datasets.description import ARRAYS_KEY, HDF5_KEY, describe
 from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX, MemoryMappedWriter
 from sb3_diffusion.datasets.minari_dataset import MINARI_EXTRA, minari_root
-from sb3_diffusion.datasets.offline_dataset import Observations, OfflineDataset, place_of
+from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 
 
 def write_dataset(dataset: OfflineDataset, target: str | PathLike[str]) -> str:

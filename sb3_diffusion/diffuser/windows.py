@@ -12,7 +12,7 @@ from torch import nn
 from sb3_diffusion.common.compilation import CompiledInference
 from sb3_diffusion.common.policies import FLAT_KEY
 from sb3_diffusion.common.utils import check_choice
-from sb3_diffusion.datasets.offline_dataset import column_moments
+from sb3_diffusion.datasets.arrays import column_moments
 
 GOAL_KEY = "desired_goal"
 ACHIEVED_KEY = "achieved_goal"
