@@ -1261,7 +1261,8 @@ def test_environments_of_datasets_bring_no_code(tmp_path: Path, evil: Path, monk
     video = {"name": "V", "entry_point": "gymnasium.wrappers.rendering:RecordVideo", "kwargs": {"video_folder": str(evil)}}
     changes = dict(entry_point=f"{EVIL}:make", additional_wrappers=[wrapper, clip, video], kwargs={"g": 5.0})
     source = hostile_minari(tmp_path / "b", monkeypatch, **changes)
-    env = make_env(source)
+    with pytest.warns(UserWarning, match=f"wrappers that a file may not bring: {EVIL}:make, .*RecordVideo. They are left out"):
+        env = make_env(source)
     assert env.unwrapped.g == 5.0 and type(env.unwrapped).__name__ == "PendulumEnv"
     assert isinstance(env.env, gym.wrappers.ClipAction)
     assert not evil.exists() and EVIL not in sys.modules

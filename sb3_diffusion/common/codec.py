@@ -41,7 +41,7 @@ from sb3_diffusion.common.allowlist import (
     slot_name,
     value_classes,
 )
-from sb3_diffusion.datasets.env_specs import SETTINGS
+from sb3_diffusion.datasets.env_specs import SETTINGS, plain_wrappers
 
 #: Deepest nesting of containers that is written or read.
 MAX_DEPTH = 64
@@ -573,22 +573,8 @@ class Decoder:
             setattr(spec, name, state[name])
         if not isinstance(spec.kwargs, dict):
             raise FileFormatError(f"The arguments of the environment {spec_id!r} are a {type(spec.kwargs).__name__}.")
-        wrappers, foreign = [], []
-        for wrapper in self._decode(obj["wrappers"], slot):
-            try:
-                cls = resolve_class(wrapper["entry_point"], gym.Wrapper, ("gymnasium.wrappers",))
-                if cls.__module__.endswith(".rendering"):
-                    raise FileFormatError("it writes files")
-                wrappers.append(WrapperSpec(**wrapper))
-            except FileFormatError:
-                foreign.append(str(wrapper["entry_point"]))
-        if foreign:
-            warnings.warn(
-                f"The specification of {spec_id!r} names wrappers that a file may not bring: {', '.join(foreign)}. "
-                "They are left out; put them around the environment yourself.",
-                stacklevel=2,
-            )
-        spec.additional_wrappers = tuple(wrappers)
+        wrappers = [WrapperSpec(**wrapper) for wrapper in self._decode(obj["wrappers"], slot)]
+        spec.additional_wrappers = plain_wrappers(spec_id, wrappers)
         return spec
 
 

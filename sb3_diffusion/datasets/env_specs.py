@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import inspect
 import io
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -48,8 +50,27 @@ def trusted_spec(recorded: EnvSpec) -> EnvSpec | None:
     spec = copy.copy(registered)
     for name in SETTINGS:
         setattr(spec, name, copy.deepcopy(getattr(recorded, name)))
-    spec.additional_wrappers = tuple(wrapper for wrapper in recorded.additional_wrappers if _is_plain(wrapper))
+    spec.additional_wrappers = plain_wrappers(recorded.id, recorded.additional_wrappers)
     return spec
+
+
+def plain_wrappers(env_id: str, wrappers: Sequence[WrapperSpec]) -> tuple[WrapperSpec, ...]:
+    """
+    Of the wrappers that a file names, those of Gymnasium that write no files; one warning names the others.
+
+    :param env_id: of the environment, for the warning
+    :param wrappers: as recorded
+    :return: those that may be put around the environment
+    """
+    plain = tuple(wrapper for wrapper in wrappers if _is_plain(wrapper))
+    foreign = [str(wrapper.entry_point) for wrapper in wrappers if wrapper not in plain]
+    if foreign:
+        warnings.warn(
+            f"The specification of {env_id!r} names wrappers that a file may not bring: {', '.join(foreign)}. "
+            "They are left out; put them around the environment yourself.",
+            stacklevel=3,
+        )
+    return plain
 
 
 def _is_plain(wrapper: WrapperSpec) -> bool:
