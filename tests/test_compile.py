@@ -120,11 +120,14 @@ def test_plans_are_the_same(backend: str, box_dataset: OfflineDataset, monkeypat
     spec = next(spec for spec in ALGOS if spec.cls is Diffuser)
     eager, compiled = (spec.make(dataset=box_dataset, compile=compile, n_candidates=2) for compile in (False, True))
     compiled.set_parameters(eager.get_parameters())
-    for n in (3, 5):
+    graphs = []
+    for n in (3, 5, 2, 9, 4):
         expected, got = (model.plan(box_dataset.observations[:n], seed=0) for model in (eager, compiled))
         np.testing.assert_allclose(got.actions, expected.actions, atol=1e-4)
         np.testing.assert_allclose(got.values, expected.values, atol=1e-3)
-    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and not counters["graph_break"]
+    assert graphs[1:] == [graphs[1]] * 4  # the second size makes a graph for all sizes
 
 
 def test_plans_without_a_compiler(box_dataset: OfflineDataset, no_compiler: None) -> None:

@@ -1206,6 +1206,19 @@ def test_a_row_does_not_depend_on_its_neighbours(deterministic: bool, kwargs: di
         assert np.abs(actions[0] - actions[1]).max() > 1e-4
 
 
+@pytest.mark.parametrize(("warm_start", "batches"), [(0.0, [[0, 1, 2, 3]]), (0.5, [[1], [0, 2, 3]])])
+def test_rows_that_are_due_are_planned_together(warm_start: float, batches: list[list[int]]) -> None:
+    model = make_model(warm_start=warm_start, n_action_steps=1)
+    observations = sequence(2, 4)
+    _, state = model.predict(observations[0])
+    planned = spy(model.policy, "plan_windows")
+    model.predict(observations[1], state, np.array([False, True, False, False]))
+    conditions = model.policy.actor.condition(th.as_tensor(observations[1]))
+    assert [len(arguments[0]) for arguments, _ in planned] == [len(rows) for rows in batches]
+    for (arguments, _), rows in zip(planned, batches, strict=True):
+        assert th.equal(arguments[0], conditions[rows])
+
+
 def test_each_plan_of_a_row_draws_anew() -> None:
     model = make_model()
     observations = some_observations(2)

@@ -46,13 +46,13 @@ def check_horizon(horizon: int, n_levels: int) -> None:
 
 class _Taps(NamedTuple):
     """
-    Which rows of the input meet which rows of the output, for each tap of a convolution.
+    Which steps of the input meet which steps of the output, for each tap of a convolution.
 
     With a stride, steps are dealt out to as many parts, so that what a tap meets lies side by side in one of them.
 
     :ivar in_stride: number of parts of the input
     :ivar out_stride: number of parts of the output
-    :ivar meetings: part and rows of the input, part and rows of the output, equally many
+    :ivar meetings: part and steps of the input, part and steps of the output, equally many
     """
 
     in_stride: int
@@ -64,7 +64,7 @@ class _Taps(NamedTuple):
         return _Taps(self.out_stride, self.in_stride, tuple((o, outs, i, ins) for i, ins, o, outs in self.meetings))
 
 
-def _taps(n_in: int, n_out: int, batch_size: int, kernel_size: int, stride: int, padding: int) -> _Taps:
+def _taps(n_in: int, n_out: int, kernel_size: int, stride: int, padding: int) -> _Taps:
     """Output ``h`` meets input ``stride * h + tap - padding``; outside the window there is nothing to meet."""
     meetings = []
     for tap in range(kernel_size):
@@ -72,8 +72,7 @@ def _taps(n_in: int, n_out: int, batch_size: int, kernel_size: int, stride: int,
         n_part = (n_in - part + stride - 1) // stride
         first = max(0, -shift)
         last = max(first, min(n_out, n_part - shift))
-        ins = slice(batch_size * (first + shift), batch_size * (last + shift))
-        meetings.append((part, ins, 0, slice(batch_size * first, batch_size * last)))
+        meetings.append((part, slice(first + shift, last + shift), 0, slice(first, last)))
     return _Taps(stride, 1, tuple(meetings))
 
 
@@ -86,25 +85,29 @@ def _taps_of(*shape: int, **options: int) -> _Taps:
 
 
 def _split(x: th.Tensor, stride: int) -> list[th.Tensor]:
-    """Steps dealt out to ``stride`` parts, each as rows ``(n_steps * batch_size, width)``; one part is not copied."""
-    return [x[part::stride].flatten(0, 1) for part in range(stride)]
+    """Steps dealt out to ``stride`` parts, each ``(n_steps, batch_size, width)``; one part is not copied."""
+    return [x[part::stride].contiguous() for part in range(stride)]
 
 
-def _join(parts: Sequence[th.Tensor], batch_size: int) -> th.Tensor:
+def _join(parts: Sequence[th.Tensor]) -> th.Tensor:
     """What ``_split`` split: shape ``(horizon, batch_size, width)``; one part is not copied."""
-    steps = [part.view(-1, batch_size, part.shape[-1]) for part in parts]
-    if len(steps) == 1:
-        return steps[0]
-    out = steps[0].new_empty(sum(map(len, steps)), *steps[0].shape[1:])
-    for i, part in enumerate(steps):
-        out[i :: len(steps)] = part
+    if len(parts) == 1:
+        return parts[0]
+    out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for i, part in enumerate(parts):
+        out[i :: len(parts)] = part
     return out
 
 
+def _rows(part: th.Tensor, steps: slice) -> th.Tensor:
+    """View of some steps, shape ``(n_steps * batch_size, width)``. The sizes of batches are no constants to a compiler so."""
+    return part[steps].view(-1, part.shape[-1])
+
+
 def _add_products(out: list[th.Tensor], x: list[th.Tensor], weight: th.Tensor, taps: _Taps) -> None:
-    """Adds to the parts of the output, in place, the product of each tap with the rows of the input that it meets."""
+    """Adds to the parts of the output, in place, the product of each tap with the steps of the input that it meets."""
     for matrix, (i, ins, o, outs) in zip(weight.unbind(0), taps.meetings, strict=True):
-        out[o][outs].addmm_(x[i][ins], matrix)
+        _rows(out[o], outs).addmm_(_rows(x[i], ins), matrix)
 
 
 def _as_autocast(x: th.Tensor, *weights: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -120,13 +123,12 @@ class _ConvFunction(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, n_out: int, taps: _Taps) -> th.Tensor:
-        batch_size = x.shape[1]
         parts = _split(x, taps.in_stride)
         ctx.save_for_backward(weight, *parts)
         ctx.taps = taps
-        out = [bias.repeat(n_out // taps.out_stride * batch_size, 1) for _ in range(taps.out_stride)]
+        out = [bias.repeat(n_out // taps.out_stride, x.shape[1], 1) for _ in range(taps.out_stride)]
         _add_products(out, parts, weight, taps)
-        return _join(out, batch_size)
+        return _join(out)
 
     @staticmethod
     @once_differentiable
@@ -137,11 +139,11 @@ class _ConvFunction(th.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_parts = [th.zeros_like(part) for part in parts]
             _add_products(grad_parts, grads, weight.transpose(1, 2), ctx.taps.swap())
-            grad_x = _join(grad_parts, grad_output.shape[1])
+            grad_x = _join(grad_parts)
         if ctx.needs_input_grad[1]:
             grad_weight = th.empty_like(weight)
             for matrix, (i, ins, o, outs) in zip(grad_weight.unbind(0), ctx.taps.meetings, strict=True):
-                th.mm(parts[i][ins].t(), grads[o][outs], out=matrix)
+                th.mm(_rows(parts[i], ins).t(), _rows(grads[o], outs), out=matrix)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.flatten(0, 1).sum(0)
         return grad_x, grad_weight, grad_bias, None, None
@@ -174,7 +176,7 @@ class TemporalConv(nn.Module):
         """
         kernel_size = len(self.weight)
         n_out = (len(x) - 1) // self.stride + 1
-        taps = _taps_of(len(x), n_out, x.shape[1], kernel_size, self.stride, kernel_size // 2)
+        taps = _taps_of(len(x), n_out, kernel_size, self.stride, kernel_size // 2)
         return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps).to(x.dtype)
 
 
@@ -197,7 +199,7 @@ class TemporalUpsample(nn.Module):
         :return: shape ``(2 * horizon, batch_size, width)``
         """
         n_out = 2 * len(x)
-        taps = _taps_of(n_out, len(x), x.shape[1], kernel_size=4, stride=2, padding=1).swap()
+        taps = _taps_of(n_out, len(x), kernel_size=4, stride=2, padding=1).swap()
         return _ConvFunction.apply(*_as_autocast(x, self.weight, self.bias), n_out, taps).to(x.dtype)
 
 

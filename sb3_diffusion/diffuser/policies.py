@@ -607,7 +607,7 @@ class DiffuserPolicy(DiffusionPolicy):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
         Act on the plans in ``state``; rows whose plan is used up, whose episode begins or whose ``desired_goal`` is another
-        one are planned anew in one batch.
+        one are planned anew, in one batch; with ``warm_start`` those that go on from an old plan are a second one.
 
         :param observation: one observation or a batch of them
         :param state: what the last call returned; None plans for all
@@ -638,10 +638,12 @@ class DiffuserPolicy(DiffusionPolicy):
             if self.actor.layout.goal_conditioned:
                 goals = self.actor.layout.goals(condition).cpu().numpy()
                 taken[np.any(self.actor.layout.goals(windows) != goals, axis=1)] = -1
-            for warm in (False, True):
-                rows = np.flatnonzero((taken < 0) if not warm else (taken >= self.n_action_steps))
+            used_up = taken >= self.n_action_steps
+            warm = used_up if self.warm_start > 0.0 else np.zeros(n, dtype=bool)
+            for due, start_warm in ((((taken < 0) | used_up) & ~warm, False), (warm, True)):
+                rows = np.flatnonzero(due)
                 if len(rows) > 0:
-                    fresh = self._replan(condition, windows, taken, seeds, rows, deterministic, warm)
+                    fresh = self._replan(condition, windows, taken, seeds, rows, deterministic, start_warm)
                     windows[rows], taken[rows] = fresh, 0
                     seeds[rows] = _next_seeds(seeds[rows])
             actions = self._act(observation, observations, th.as_tensor(windows, device=self.device), taken)
@@ -658,10 +660,10 @@ class DiffuserPolicy(DiffusionPolicy):
         deterministic: bool,
         warm: bool,
     ) -> np.ndarray:
-        """New windows of the given rows; from their old ones if ``warm`` and ``warm_start`` say so."""
+        """New windows of the given rows; ``warm`` ones from what is left of their old ones."""
         latents = self.latents(seeds[rows], self.n_candidates, deterministic)
         start = None
-        if warm and self.warm_start > 0.0:
+        if warm:
             level = max(1, round(self.warm_start * self.actor.denoiser.n_diffusion_steps))
             shifted = shift_windows(windows[rows], taken[rows] // self.actor.layout.stride)
             start = WarmStart(th.as_tensor(shifted, device=self.device), level)
