@@ -1,7 +1,7 @@
 """
 All methods and baselines on the same data, at one budget that a CPU can pay.
 
-    python benchmarks/comparison.py                                               # every cell that is not there yet
+    python benchmarks/comparison.py                                          # every cell not finished in `benchmarks/work`
     python benchmarks/comparison.py walker2d-expert --methods DTQL TD3BC --seeds 0    # single cells
 
 Each method has one setting for all data, but for what ``CHANGES`` holds. A run that was interrupted goes on where it stopped;
