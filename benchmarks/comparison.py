@@ -84,7 +84,8 @@ TEXT = (
     "setting per method (`benchmarks/comparison.py`): presets `locomotion` with learning rates that fall over as many updates "
     "as in their 50,000, DiffusionQL with all five steps of its chain and with two, DiffSR `small`, Diffuser "
     "with a U-Net of three levels, horizon 8, unguided, every action from a new plan of two DDIM steps. Published runs take "
-    "1,000,000 updates or more."
+    "1,000,000 updates or more. Steps / s and times are of machines of two kinds at other work too, and of runs with and "
+    "without `--compile`: for speed see the tables of their own."
 )
 MORE: dict[str, str] = {
     "hopper-medium-expert": " DTQL's trust region weighs 4 here: against Hopper medium as much more as in the published runs.",
