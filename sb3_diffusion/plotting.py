@@ -10,8 +10,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#3b6ea5", "#d9822b", "#8a8a8a"
-COLORS = (BLUE, ORANGE, "#4b9560", "#a8486b", "#6f5fa3", "#2f9ba6", "#8b6a43", "#5a5a5a")
-"""Of methods that are compared, in the order in which they come; from the ninth on they repeat."""
+COLORS = (
+    BLUE,
+    ORANGE,
+    "#4b9560",
+    "#a8486b",
+    "#6f5fa3",
+    "#2f9ba6",
+    "#8b6a43",
+    "#5a5a5a",
+    "#c9a227",
+    "#d98cb3",
+    "#9bb53c",
+    "#1c2f4f",
+)
+"""Of methods that are compared, in the order in which they come; from the thirteenth on they repeat."""
 DPI = 120
 
 
