@@ -98,9 +98,9 @@ def delayed(observations: np.ndarray, steps: np.ndarray, age: int) -> np.ndarray
     :param age: how many steps to look back
     :return: at each row the observation ``age`` steps ago, zeros where the episode was not that old
     """
-    delayed = observations[np.maximum(np.arange(len(observations)) - age, 0)]
-    delayed[steps < age] = 0
-    return delayed
+    past = observations[np.maximum(np.arange(len(observations)) - age, 0)]
+    past[steps < age] = 0
+    return past
 
 
 def as_column(array: Any, field: str) -> np.ndarray:

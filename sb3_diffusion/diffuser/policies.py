@@ -639,9 +639,9 @@ class DiffuserPolicy(DiffusionPolicy):
                 goals = self.actor.layout.goals(condition).cpu().numpy()
                 taken[np.any(self.actor.layout.goals(windows) != goals, axis=1)] = -1
             used_up = taken >= self.n_action_steps
-            warm = used_up if self.warm_start > 0.0 else np.zeros(n, dtype=bool)
-            for due, start_warm in ((((taken < 0) | used_up) & ~warm, False), (warm, True)):
-                rows = np.flatnonzero(due)
+            warm = used_up & (self.warm_start > 0.0)
+            cold = ((taken < 0) | used_up) & ~warm
+            for rows, start_warm in ((np.flatnonzero(cold), False), (np.flatnonzero(warm), True)):
                 if len(rows) > 0:
                     fresh = self._replan(condition, windows, taken, seeds, rows, deterministic, start_warm)
                     windows[rows], taken[rows] = fresh, 0
