@@ -420,6 +420,16 @@ def test_env_specs_keep_their_settings_and_bring_no_code() -> None:
         round_trip(env.spec)
 
 
+def test_wrappers_of_one_kind_keep_their_arrays() -> None:
+    env = gym.make("Hopper-v5")
+    for bound in (1.0, 0.5):
+        env = gym.wrappers.RescaleAction(env, np.full(3, -bound, np.float32), np.full(3, bound, np.float32))
+    made = gym.make(round_trip(env.spec))
+    assert made.action_space == env.action_space and isinstance(made.env, gym.wrappers.RescaleAction)
+    for each in (env, made):
+        each.close()
+
+
 @pytest.mark.parametrize("entry_point", ["os:system", "subprocess:Popen", "gymnasium.wrappers:RecordVideo", "tests:Wrapper"])
 def test_env_specs_from_files_bring_no_wrappers_of_other_modules(entry_point: str) -> None:
     spec = copy.deepcopy(gym.spec("Pendulum-v1"))

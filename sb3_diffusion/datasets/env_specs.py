@@ -62,15 +62,14 @@ def plain_wrappers(env_id: str, wrappers: Sequence[WrapperSpec]) -> tuple[Wrappe
     :param wrappers: as recorded
     :return: those that may be put around the environment
     """
-    plain = tuple(wrapper for wrapper in wrappers if _is_plain(wrapper))
-    foreign = [str(wrapper.entry_point) for wrapper in wrappers if wrapper not in plain]
+    foreign = [str(wrapper.entry_point) for wrapper in wrappers if not _is_plain(wrapper)]
     if foreign:
         warnings.warn(
             f"The specification of {env_id!r} names wrappers that a file may not bring: {', '.join(foreign)}. "
             "They are left out; put them around the environment yourself.",
             stacklevel=3,
         )
-    return plain
+    return tuple(wrapper for wrapper in wrappers if _is_plain(wrapper))
 
 
 def _is_plain(wrapper: WrapperSpec) -> bool:
