@@ -56,15 +56,7 @@ METHODS = {
     "DiffusionQL": Method("diffusion_ql", "locomotion", DIFFUSION_QL),
     "DiffusionQL, 2 sampling steps": Method("diffusion_ql", "locomotion", dict(DIFFUSION_QL, n_sampling_steps=2)),
     "DiffSR": Method("diffsr", "small"),
-    "DiffSR, rates that end": Method(
-        "diffsr",
-        "small",
-        dict(
-            learning_rate=LinearSchedule(3e-4, 0.0, 1.0),
-            critic_learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
-            feature_learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
-        ),
-    ),
+    "DiffSR, rates that end": Method("diffsr", "locomotion"),
     "BellmanDiffusion": Method("bellman_diffusion", "locomotion", dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))),
     "Diffuser": Method(
         "diffuser",
@@ -91,8 +83,8 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
 TEXT = (
     f"{N_UPDATES:,} gradient steps, {N_EVALUATIONS} evaluations of {N_EPISODES} episodes each, deterministic actions. One "
     "setting per method (`benchmarks/comparison.py`): presets `locomotion` with learning rates that fall over as many updates "
-    "as in their 50,000, DiffusionQL with all five steps of its chain and with two, DiffSR `small` with its "
-    "constant rates and with ones that fall to 0, Diffuser with a U-Net of three levels, horizon 8, unguided, every action "
+    "as in their 50,000, DiffusionQL with all five steps of its chain and with two, DiffSR with this preset (rates that end) "
+    "and with `small`, whose rates are constant, Diffuser with a U-Net of three levels, horizon 8, unguided, every action "
     "from a new plan of two DDIM steps. Published runs take 1,000,000 updates or more. Steps / s and times are of "
     "machines of two kinds at other work too, and of runs with and without `--compile`: for speed see the tables of their own."
 )

@@ -254,6 +254,18 @@ def test_the_fixed_point_of_logged_futures(horizon: int | None, branch: str) -> 
     assert (largest_t_value(gradients) < 3.5) is (branch == "offset")
 
 
+def test_a_future_drawn_at_a_cut_end_and_its_target_share_the_next_action() -> None:
+    """The state there is both the next one and the last one known; two actions of it would be of two measures."""
+    model = make(dataset(*(np.random.default_rng(0).uniform(-1, 1, (400, n)) for n in (2, 1, 2)), 4), scheme="logged")
+    seen: list[tuple[th.Tensor, th.Tensor]] = []
+    model.actor.register_forward_hook(lambda _, inputs, actions: seen.append((inputs[0], actions)))
+    model.learn(1)
+    (last_states, drawn_with), (next_states, compared_with) = seen
+    same = (last_states == next_states).all(dim=1)
+    assert same.sum() > 20 and len(drawn_with[same].unique()) > 20
+    assert drawn_with[same].equal(compared_with[same])
+
+
 def test_losses_row_by_row() -> None:
     """Against the equations, written as a loop; rows whose episode ended are drawn to their last state, no longer alive."""
     model = make(chain_data(200), n_chain_levels=2, n_diffusion_steps=5, level_weighting="ddpm")

@@ -830,6 +830,19 @@ def test_presets(name: str) -> None:
     assert model._n_updates == 2
 
 
+def test_all_rates_of_the_preset_for_logs_end(box_dataset: OfflineDataset) -> None:
+    """They start at those of the preset for learning online, and only the length of the run differs beside them."""
+    model = DiffSR.from_preset("locomotion", dataset=box_dataset, device="cpu", seed=0)
+    schedules = model.lr_schedule, model.critic_lr_schedule, model.feature_lr_schedule
+    small, locomotion = dict(DiffSR.presets["small"]), dict(DiffSR.presets["locomotion"])
+    rates = 3e-4, small.pop("critic_learning_rate"), small.pop("feature_learning_rate")
+    assert [schedule(1.0) for schedule in schedules] == pytest.approx(rates)
+    assert [schedule(0.5) for schedule in schedules] == pytest.approx([rate / 2 for rate in rates])
+    assert [schedule(0.0) for schedule in schedules] == [0.0] * 3
+    assert {name: locomotion[name] for name in small} == small
+    assert model.default_total_timesteps == 20_000
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -1163,3 +1163,70 @@ def test_an_implicit_actor_starts_from_the_pretrained_diffusion_model() -> None:
     before = weights(model.actor)
     model.learn(2)
     assert equal(weights(model.actor), before)
+
+
+# Presets --------------------------------------------------------------------------------------------------------------
+
+ANTMAZE: dict[str, Any] = dict(nll=1.0, expectile=0.9, batch_size=2048, shift=-1.0)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "halfcheetah-medium": dict(alpha=1.0, epochs=1000),
+    "halfcheetah-medium-replay": dict(alpha=5.0, epochs=1000),
+    "halfcheetah-medium-expert": dict(alpha=50.0, epochs=1000),
+    "hopper-medium": dict(alpha=5.0, epochs=1000, lr=1e-4, decay=True),
+    "hopper-medium-replay": dict(alpha=5.0, epochs=1000),
+    "hopper-medium-expert": dict(alpha=20.0, epochs=1000),
+    "walker2d-medium": dict(alpha=5.0, epochs=1000, decay=True),
+    "walker2d-medium-replay": dict(alpha=5.0, epochs=1000, decay=True),
+    "walker2d-medium-expert": dict(alpha=5.0, epochs=1000, decay=True),
+    "antmaze-umaze": dict(ANTMAZE, alpha=1.0, epochs=500),
+    "antmaze-umaze-diverse": dict(ANTMAZE, alpha=1.0, epochs=500, lr=3e-5, decay=True),
+    "antmaze-medium-play": dict(ANTMAZE, alpha=1.0, epochs=400),
+    "antmaze-medium-diverse": dict(ANTMAZE, alpha=1.0, epochs=400),
+    "antmaze-large-play": dict(ANTMAZE, alpha=1.0, epochs=350),
+    "antmaze-large-diverse": dict(ANTMAZE, alpha=0.5, epochs=300),
+    "pen-human": dict(alpha=1500.0, epochs=300, lr=3e-5, decay=True, expectile=0.9),
+    "pen-cloned": dict(alpha=1500.0, epochs=200, lr=1e-5),
+    "kitchen-complete": dict(alpha=200.0, epochs=500, lr=1e-4, decay=True),
+    "kitchen-partial": dict(alpha=100.0, epochs=1000, lr=1e-4, decay=True),
+    "kitchen-mixed": dict(alpha=200.0, epochs=500, decay=True),
+}
+"""Trust region and length of each published run, and where it differs the rest."""
+
+
+def test_every_published_task_has_a_preset() -> None:
+    assert set(DTQL.presets) == {*PUBLISHED, "locomotion"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_preset_has_the_published_settings(name: str) -> None:
+    """As in the authors' `main.py`."""
+    published = PUBLISHED[name]
+    model = DTQL.from_preset(name, dataset=make_dataset(), device="cpu", policy_kwargs=dict(net_arch=[8]))
+    names = """trust_region_coef nll_coef expectile batch_size default_total_timesteps n_pretrain_steps q_coef q_normalization
+    gamma tau n_steps n_action_samples n_imitation_steps pretrain_actor sync_target_after_pretraining normalize_observations
+    reward_scale reward_shift ema_decay"""
+    assert {setting: getattr(model, setting) for setting in names.split()} == dict(
+        trust_region_coef=published["alpha"],
+        nll_coef=published.get("nll", 0.0),
+        expectile=published.get("expectile", 0.7),
+        batch_size=published.get("batch_size", 256),
+        default_total_timesteps=50_000 + 1_000 * published["epochs"],
+        n_pretrain_steps=50_000,
+        q_coef=1.0,
+        q_normalization=None,
+        gamma=0.99,
+        tau=0.005,
+        n_steps=1,
+        n_action_samples=1024,
+        n_imitation_steps=0,
+        pretrain_actor=False,
+        sync_target_after_pretraining=False,
+        normalize_observations=False,
+        reward_scale=1.0,
+        reward_shift=published.get("shift", 0.0),
+        ema_decay=0.0,
+    )
+    rate, end = published.get("lr", 3e-4), 0.0 if published.get("decay") else 1.0
+    schedules = (model.lr_schedule, rate), (model.critic_lr_schedule, 3e-4)
+    for schedule, start in schedules:
+        assert (schedule(1.0), schedule(0.0)) == pytest.approx((start, end * start))

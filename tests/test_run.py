@@ -462,8 +462,27 @@ def test_n_steps(spec: AlgoSpec, box_dataset: OfflineDataset) -> None:
     np.testing.assert_allclose(discounts.unique().numpy(), [0.729, 0.81, 0.9], rtol=1e-5)
     model.learn(3)
     model.learn(20, offline=False)
-    with pytest.raises(ValueError, match="n_steps"):
-        spec.make(POINT_ENV, n_steps=3, reward_transform="antmaze")
+
+
+@pytest.mark.parametrize("transform", ["antmaze", "normalize"])
+def test_every_reward_of_an_n_step_return_is_transformed(spec: AlgoSpec, box_dataset: OfflineDataset, transform: str) -> None:
+    spec.need("n_steps")
+    spec.need("reward_transform")
+    model = spec.make(POINT_ENV, dataset=box_dataset, n_steps=3, gamma=0.9, reward_transform=transform)
+    std = box_dataset.rewards.std()
+    scale, shift = (2.0, -0.5) if transform == "antmaze" else (1.0 / std, -box_dataset.rewards.mean() / std)
+    rewards = scale * box_dataset.rewards + shift
+    for batch in (model.sample_batch(100) for _ in range(3)):
+        for observation, action, result, discount in zip(
+            batch.observations.numpy(), batch.actions.numpy(), batch.rewards[:, 0], batch.discounts[:, 0], strict=True
+        ):
+            distances = np.abs(box_dataset.observations - observation).sum(1)
+            first = int((distances + np.abs(box_dataset.actions - model.policy.unscale_action(action)).sum(1)).argmin())
+            n = round(np.log(float(discount)) / np.log(0.9))
+            expected = sum(0.9**i * rewards[first + i] for i in range(n))
+            assert float(result) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match="n_steps=1"):
+        spec.make(POINT_ENV, n_steps=3, gamma=1.0, reward_transform=transform)
 
 
 # VecNormalize ---------------------------------------------------------------------------------------------------------

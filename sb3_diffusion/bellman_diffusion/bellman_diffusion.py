@@ -385,8 +385,9 @@ class BellmanDiffusion(MeasureAlgorithm):
         for _ in range(gradient_steps):
             batch = self.sample_batch(batch_size)
             if self.scheme == "logged":
-                futures = self._logged_futures(batch)
-                self._step("measure", self._logged_loss(batch, futures))
+                latents = self._draw_latents(len(batch.actions))
+                futures = self._logged_futures(batch, latents)
+                self._step("measure", self._logged_loss(batch, futures, latents))
                 rows = th.arange(len(futures), device=self.device)
                 means = self._logged_means(batch, futures) if distills else None
             else:

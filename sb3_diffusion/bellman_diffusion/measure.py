@@ -194,11 +194,15 @@ class MeasureAlgorithm(OfflineAlgorithm):
         levels = self.measure.sampling_levels
         return levels[self._draw_integers(len(levels), n)]
 
-    def _next_actions(self, batch: FutureStateSamples) -> th.Tensor:
+    def _draw_latents(self, n: int) -> th.Tensor:
+        """What ``n`` actions of the actor are made of."""
+        return self._draw_normal(n, *self.actor.latent_shape)
+
+    def _next_actions(self, batch: FutureStateSamples, latents: th.Tensor | None = None) -> th.Tensor:
         """$a'$: the measured policy's; of the data the logged action, or the actor's where the log has none."""
         if self.policy.measured_actions is not None:
             return self.policy.measured_actions(batch.next_observations)
-        latents = self._draw_normal(len(batch.actions), *self.actor.latent_shape)
+        latents = self._draw_latents(len(batch.actions)) if latents is None else latents
         with th.no_grad():
             acted = self.actor(batch.next_observations, latents)
         if self.measured_policy == "actor":
@@ -285,23 +289,25 @@ class MeasureAlgorithm(OfflineAlgorithm):
     # ---------------------------------------------------------------- the measure, from logged futures
 
     @th.no_grad()
-    def _logged_futures(self, batch: FutureStateSamples) -> th.Tensor:
+    def _logged_futures(self, batch: FutureStateSamples, latents: th.Tensor) -> th.Tensor:
         r"""
         The coded states $s_{t+k}$ of the log. Beyond a truncated end, which only happens with geometric offsets, they are
-        drawn from the target at the last state, as these offsets have no memory.
+        drawn from the target at the last state, as these offsets have no memory, and at the actor's action of ``latents``.
         """
         target = self.measure.target
         futures = target.coder(batch.future_observations, alive=1.0 - batch.absorbed)
         if self.horizon is not None:
             return futures
-        actions = self.actor(batch.future_observations, self._draw_normal(len(futures), *self.actor.latent_shape))
-        condition = target.condition(batch.future_observations, actions)
+        condition = target.condition(batch.future_observations, self.actor(batch.future_observations, latents))
         return th.where(batch.unknown > 0.0, target(condition, self._draw_normal(*futures.shape)), futures)
 
-    def _logged_loss(self, batch: FutureStateSamples, futures: th.Tensor) -> th.Tensor:
-        """Algorithm 1 of arXiv 2407.12163v1, with noise and levels drawn here."""
+    def _logged_loss(self, batch: FutureStateSamples, futures: th.Tensor, latents: th.Tensor) -> th.Tensor:
+        r"""
+        Algorithm 1 of arXiv 2407.12163v1, with noise and levels drawn here. At the last step of a truncated episode $s'$ is
+        the state that the future was drawn at: the same latents give the same $a'$, as $x$ and target must share both.
+        """
         noise, levels = self._draw_normal(*futures.shape), self._draw_levels(len(futures))
-        return self._offset_loss(batch, futures, noise, levels, self._next_actions(batch))
+        return self._offset_loss(batch, futures, noise, levels, self._next_actions(batch, latents))
 
     @accelerated
     def _offset_loss(

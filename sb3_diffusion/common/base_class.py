@@ -181,6 +181,11 @@ class OfflineAlgorithm(WatchedAlgorithm):
         check_range("offline_fraction", offline_fraction, 0.0, 1.0)
         check_range("n_pretrain_steps", n_pretrain_steps, 0)
         check_choice("reward_transform", reward_transform, (None, "normalize", "iql_locomotion", *REWARD_TRANSFORMS))
+        if n_steps > 1 and gamma == 1.0 and reward_transform not in (None, "iql_locomotion"):
+            raise ValueError(
+                "Without discount, n-step returns do not tell of how many rewards they are: with `gamma=1.0`, set `n_steps=1` "
+                f"or another `reward_transform` than {reward_transform!r}, which shifts rewards; got `n_steps={n_steps}`."
+            )
         check_choice("compile", compile, COMPILE_CHOICES)
         check_choice("precision", precision, PRECISIONS)
         if env is not None:
@@ -329,8 +334,6 @@ class OfflineAlgorithm(WatchedAlgorithm):
         """Short names of the policy's networks on the algorithm."""
 
     def _make_replay_buffer(self) -> ReplayBuffer:
-        if self.n_steps > 1 and self.reward_shift != 0.0:
-            raise ValueError(f"`n_steps` must be 1 with a reward transform that shifts rewards: got {self.n_steps}.")
         buffer_class = self.replay_buffer_class = self.replay_buffer_class or self.buffer_class
         kwargs = dict(self.replay_buffer_kwargs)
         if issubclass(buffer_class, EpisodeReplayBuffer):
@@ -438,9 +441,15 @@ class OfflineAlgorithm(WatchedAlgorithm):
         :return: SB3's samples, rewards transformed
         """
         batch = self._draw_batch(batch_size)
-        if self.reward_scale != 1.0 or self.reward_shift != 0.0:
-            batch = batch._replace(rewards=batch.rewards * self.reward_scale + self.reward_shift)
-        return batch
+        if self.reward_scale == 1.0 and self.reward_shift == 0.0:
+            return batch
+        return batch._replace(rewards=self.reward_scale * batch.rewards + self.reward_shift * self._shifts(batch))
+
+    def _shifts(self, batch: Batch) -> th.Tensor | float:
+        r"""How often a shift of rewards counts in a return of $k$ steps, $\sum_{i<k} \gamma^i = (1 - \gamma^k) / (1 - \gamma)$."""
+        if batch.discounts is None:
+            return 1.0
+        return (1.0 - batch.discounts) / (1.0 - self.gamma)
 
     def _draw_batch(self, batch_size: int) -> Batch:
         n_offline = 0

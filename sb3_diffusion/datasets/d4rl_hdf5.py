@@ -235,7 +235,8 @@ def from_flat_arrays(
     ``timeouts`` is set (where both are, it terminated). Without ``timeouts`` it also ends after ``horizon`` steps. Steps
     after the last flag form an episode that counts as truncated. Without ``next_observations`` row i + 1 holds what row i
     led to, so that the last row of a truncated episode has no successor: it is dropped and the one before it becomes the
-    end. The last row of a terminated episode stays, with its own observation for the next one, which nothing learns from.
+    end. The last row of a terminated episode stays, with its own observation for the next one: action values do not look at
+    it, models of next or future states take the episode to have ended there, one step early.
 
     :param observations: ``(N, *obs_shape)``, or a dict of such arrays
     :param actions: ``(N, *action_shape)`` in env units

@@ -19,7 +19,8 @@ def from_replay_buffer(buffer: Any, name: str = "replay buffer") -> OfflineDatas
     Actions are brought back from the [-1, 1] in which SB3's algorithms store them to the units of the action space. What
     ``timeouts`` marks becomes a truncation; so does the newest step of each environment, whose episode may still run. A
     buffer with ``optimize_memory_usage`` has lost the observations in which episodes ended and tells no time limits apart:
-    each of its dones counts as a termination, with the step's own observation for the next one.
+    each of its dones counts as a termination, with the step's own observation for the next one, as in flat
+    arrays without next observations.
 
     :param buffer: a ``ReplayBuffer`` or ``DictReplayBuffer`` or a subclass (``HerReplayBuffer``)
     :param name: of the dataset
