@@ -446,7 +446,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
         return batch._replace(rewards=self.reward_scale * batch.rewards + self.reward_shift * self._shifts(batch))
 
     def _shifts(self, batch: Batch) -> th.Tensor | float:
-        r"""How often a shift of rewards counts in a return of $k$ steps, $\sum_{i<k} \gamma^i = (1 - \gamma^k) / (1 - \gamma)$."""
+        r"""How often a shift counts in a return of $k$ steps, $\sum_{i<k} \gamma^i = (1 - \gamma^k) / (1 - \gamma)$."""
         if batch.discounts is None:
             return 1.0
         return (1.0 - batch.discounts) / (1.0 - self.gamma)
