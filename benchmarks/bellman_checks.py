@@ -371,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "value 0.05), ranks 0.95 (chain).\n\n"
             f"A point in a square is steered by {N_CANDIDATES} candidates of {N_FUTURES} futures to three goals, after one "
             f"training: {won} more "
-            f"return than behaviour cloning (mean [{100 * low:.0f}, {100 * high:.0f}] %), "
+            f"return than behaviour cloning (the mean's 95 % bootstrap interval: {100 * low:.0f} to {100 * high:.0f} %), "
             f"{'always' if point['goes_to_its_goal'] else 'not always'} nearest to the goal that was set, "
             f"{point['actions_per_second']:.0f} actions / s in batches of {N_POINTS}."
         ),

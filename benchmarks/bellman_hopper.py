@@ -121,15 +121,12 @@ def values_against_returns(model: BellmanDiffusion, held_out: OfflineDataset, n:
         scaled = th.as_tensor(model.policy.scale_action(actions), dtype=th.float32)
         q, _ = network(th.as_tensor(observations, dtype=th.float32), scaled)
         distilled = ((network.mean + network.std * q) / (1.0 - model.gamma)).squeeze(1).numpy()
-    return {
-        "variance of returns": float(exact.var()),
-        "measure, MSE": float(np.square(values - exact).mean()),
-        "measure, mean error": float((values - exact).mean()),
-        "measure, rank correlation": float(spearmanr(values, exact).statistic),
-        "distilled, MSE": float(np.square(distilled - exact).mean()),
-        "distilled, mean error": float((distilled - exact).mean()),
-        "distilled, rank correlation": float(spearmanr(distilled, exact).statistic),
-    }
+    result = {"variance": float(exact.var())}
+    for name, told in {"measure": values, "distilled": distilled}.items():
+        result[f"{name} MSE"] = float(np.square(told - exact).mean())
+        result[f"{name} mean error"] = float((told - exact).mean())
+        result[f"{name} rank correlation"] = float(spearmanr(told, exact).statistic)
+    return result
 
 
 def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -310,7 +307,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compared = kept(
             folder / f"values-{options.compared}.json", partial(values_against_returns, model, held_out, options.compared, 128)
         )
-        errors.append(f"Seed {seed}: " + ", ".join(f"{key} {value:.3g}" for key, value in compared.items()) + ".")
+        errors.append(
+            f"Seed {seed}: returns vary by {compared['variance']:,.0f} (variance); "
+            + "; ".join(
+                f"{title} has a mean squared error of {compared[f'{name} MSE']:.0f}, a mean error of "
+                f"{compared[f'{name} mean error']:.3g}, and a rank correlation of {compared[f'{name} rank correlation']:.3f}"
+                for name, title in {"measure": "the measure", "distilled": "the distilled value"}.items()
+            )
+            + "."
+        )
         print(errors[-1], flush=True)
         rows.extend(scores_of_agents(model, folder, trained, seed, options))
     write_table(

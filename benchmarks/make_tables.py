@@ -47,6 +47,27 @@ policies in Gymnasium's v5 environments. They are not the sets of similar names 
 server: without them the commands stop, and on other data the numbers will differ. *Command*s name scripts as they were
 called at that commit.
 """
+GROUPS: dict[str, tuple[str, ...]] = {
+    "All methods on the same data": ("comparison_",),
+    "DTQL and DiffusionQL": (
+        "hopper_medium",
+        "pointmaze_",
+        "pendulum",
+        "fine_tune",
+        "toy_",
+        "bandit",
+        "samplers",
+        "candidates",
+    ),
+    "Diffuser": ("diffuser_", "walker2d_", "planning_", "agent_over_"),
+    "BellmanDiffusion": ("bellman_",),
+    "DiffSR": ("diffsr_",),
+    "Speed": ("speed_",),
+    "Data": ("data", "window_"),
+    "What can go wrong": ("faults", "fuzz", "soak"),
+}
+"""Parts of the page, and how the names of their result files begin; they stand there in this order."""
+OTHERS = "Others"
 
 
 def main() -> int:
@@ -64,13 +85,45 @@ def main() -> int:
             contents[path.stem] = content
         except (json.JSONDecodeError, ValueError, KeyError, TypeError) as error:
             print(f"skipped {path.name}: not a result file that this script knows ({error!r})", file=sys.stderr)
-    sections = [HEAD, *profiles_section([contents[stem] for stem in contents if stem.startswith("comparison_")], options.docs)]
-    sections += [RENDERERS[content["kind"]](stem, content, options.docs) for stem, content in contents.items()]
+    compared = [content for stem, content in contents.items() if stem.startswith("comparison_")]
+    groups: dict[str, list[str]] = {group: [] for group in (*GROUPS, OTHERS)}
+    groups[next(iter(GROUPS))] += profiles_section(compared, options.docs)
+    for stem in sorted(contents, key=place_on_page):
+        groups[group_of(stem)].append(RENDERERS[contents[stem]["kind"]](stem, contents[stem], options.docs))
+    sections = [HEAD]
+    for group, members in groups.items():
+        sections += [f"## {group}\n", *members] if members else []
     page = options.docs / "benchmarks.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(sections), encoding="utf-8")
     print(page)
     return 0
+
+
+def place_on_page(stem: str) -> tuple[int, str]:
+    """
+    :param stem: name of a result file
+    :return: what sections of one group are ordered by
+    """
+    prefixes = GROUPS.get(group_of(stem), ())
+    return next((i for i, prefix in enumerate(prefixes) if stem.startswith(prefix)), 0), stem
+
+
+def group_of(stem: str) -> str:
+    """
+    :param stem: name of a result file
+    :return: key of ``GROUPS``, or ``OTHERS``
+    """
+    return next((group for group, prefixes in GROUPS.items() if stem.startswith(prefixes)), OTHERS)
+
+
+def headline(title: str, anchor: str) -> str:
+    """
+    :param title: of a section
+    :param anchor: to link to
+    :return: Markdown
+    """
+    return f"### {title} {{ #{anchor} }}"
 
 
 def runs_section(stem: str, content: dict[str, Any], docs: Path) -> str:
@@ -83,7 +136,7 @@ def runs_section(stem: str, content: dict[str, Any], docs: Path) -> str:
     :return: Markdown
     """
     groups = runs_by_name(content)
-    lines = [f"## {content['title']}", ""]
+    lines = [headline(content["title"], stem), ""]
     if content.get("text"):
         lines += [content["text"], ""]
     if not groups:
@@ -115,13 +168,27 @@ def runs_section(stem: str, content: dict[str, Any], docs: Path) -> str:
     draw_curves(docs / picture, groups, content["title"])
     lines += ["", f"![Learning curves: {content['title']}]({picture})", ""]
     every = [run for runs in groups.values() for run in runs]
-    first = every[0]
-    lines.append(
-        f"{first['n_eval_episodes']} episodes at each of {first['n_evaluations']} evaluations. Lines are interquartile means "
-        "over seeds with 95 % bootstrap bands, thin lines single seeds, the dashed line is the behaviour that made the data."
-    )
+    lines.append(caption(every, several_seeds=any(len(runs) > 1 for runs in groups.values())))
     lines += ["", *provenance([run["environment"] for run in every], [c for run in every for c in run["commands"]]), ""]
     return "\n".join(lines)
+
+
+def caption(runs: list[dict[str, Any]], several_seeds: bool) -> str:
+    """
+    :param runs: that are drawn
+    :param several_seeds: of at least one setting
+    :return: what the picture of their curves shows
+    """
+
+    def counts(name: str) -> str:
+        return " or ".join(str(count) for count in sorted({run[name] for run in runs}))
+
+    parts = [f"{counts('n_eval_episodes')} episodes at each of {counts('n_evaluations')} evaluations."]
+    if several_seeds:
+        parts.append("Lines are interquartile means over seeds with 95 % bootstrap bands, thin lines single seeds.")
+    if any(run["behavior"] for run in runs):
+        parts.append("The dashed line is the behaviour that made the data.")
+    return " ".join(parts)
 
 
 def runs_by_name(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -167,9 +234,10 @@ def profiles_section(contents: list[dict[str, Any]], docs: Path) -> list[str]:
     return [
         "\n".join(
             [
-                f"## {title}",
+                headline(title, "comparison"),
                 "",
-                f"{names}: last scores of the runs in the sections below, as many seeds of each as all tasks have; brackets "
+                f"{names}: last scores of the runs in the sections below, of methods with two runs or more on each task, as many "
+                "seeds of each as all tasks have; brackets "
                 "are 95 % bootstrap intervals, stratified by task. The optimality gap is what is missing to 100 on average.",
                 "",
                 *markdown_table(["", "seeds", "interquartile mean", "mean", "median", "optimality gap"], rows),
@@ -193,7 +261,7 @@ def table_section(stem: str, content: dict[str, Any], docs: Path) -> str:
     :param docs: folder of the documentation
     :return: Markdown
     """
-    lines = [f"## {content['title']}", ""]
+    lines = [headline(content["title"], stem), ""]
     if content.get("text"):
         lines += [content["text"], ""]
     if content["rows"]:

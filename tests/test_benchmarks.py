@@ -201,7 +201,7 @@ def test_profiles_over_tasks(dataset, tmp_path: Path, monkeypatch: pytest.Monkey
             copy = {**record, "name": name, "seed": seed, "evaluations": evaluations}
             harness.merge(tmp_path / "results" / f"{task}.json", name, seed, copy)
     lines = make_page(tmp_path, monkeypatch).splitlines()
-    table = lines[lines.index("## All methods over the tasks") :][:12]
+    table = lines[lines.index("### All methods over the tasks { #comparison }") :][:12]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith(("| a", "| b", "| c"))]
     # The middle two of four scores, the middle four of six
     assert [row[0] for row in cells] == ["b", "a"]
