@@ -17,7 +17,7 @@ from sb3_diffusion.datasets import DEFAULT_DATASET_ID
 
 def main() -> None:
     """Print the mean return in the data, after learning from it, and after going on online."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default=DEFAULT_DATASET_ID, help="any Minari id; the default is recorded on first use")
     parser.add_argument("--offline-steps", type=int, default=20_000, help="gradient steps on the data")
     parser.add_argument("--online-steps", type=int, default=5_000, help="steps of the environment after that")

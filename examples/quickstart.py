@@ -1,15 +1,17 @@
 """
 Learn from the embedded dataset, look at the result, go on in the environment.
 
-    python examples/quickstart.py
+    python examples/quickstart.py --offline-steps 4000 --online-steps 1000
 """
+
+import argparse
 
 from sb3_diffusion import DTQL, load_dataset
 from sb3_diffusion.datasets import DEFAULT_DATASET_ID
 from sb3_diffusion.evaluation import evaluate
 
 
-def main(n_offline: int = 4_000, n_online: int = 1_000) -> None:
+def main(n_offline: int, n_online: int) -> None:
     """
     :param n_offline: gradient steps on the data
     :param n_online: env steps of fine-tuning
@@ -34,4 +36,8 @@ def main(n_offline: int = 4_000, n_online: int = 1_000) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--offline-steps", type=int, default=4_000, help="gradient steps on the data")
+    parser.add_argument("--online-steps", type=int, default=1_000, help="steps of the environment after that")
+    options = parser.parse_args()
+    main(options.offline_steps, options.online_steps)

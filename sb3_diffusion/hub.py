@@ -25,6 +25,7 @@ def write_package(
     *,
     env_id: str,
     result: EvaluationResult,
+    deterministic: bool = True,
     dataset: OfflineDataset | None = None,
     commands: Sequence[str] = (),
     license: str = "mit",
@@ -39,6 +40,7 @@ def write_package(
     :param folder: to make; must be empty or not there
     :param env_id: that it was evaluated in
     :param result: of [evaluate][sb3_diffusion.evaluation.evaluate]
+    :param deterministic: whether that was with deterministic actions, which the card says
     :param dataset: that it learned from; None: the one attached to the model
     :param commands: that trained it
     :param license: of the model, an id that hubs know
@@ -73,6 +75,7 @@ def write_package(
         "updates": model._n_updates,
         "commands": list(commands),
         "evaluation": result.to_dict(),
+        "deterministic": deterministic,
         "environment": environment(model.device),
     }
     write_json(folder / RESULTS_FILE, report)
@@ -143,7 +146,8 @@ def _card(
             *result.confidence_interval(statistic="mean", normalized=normalized)
         )  # fmt: skip
         lines.append(f"| {label} | {values.mean():.1f} | {values.std():.1f} | {interval} |")
-    lines += ["", f"{n} episodes of this one model, deterministic actions; each of them is in `{RESULTS_FILE}`.", ""]
+    actions = "deterministic" if report["deterministic"] else "sampled"
+    lines += ["", f"{n} episodes of this one model, {actions} actions; each of them is in `{RESULTS_FILE}`.", ""]
     lines += ["## Training", "", f"- {report['timesteps']:,} timesteps, {report['updates']:,} updates"]
     if dataset is None:
         lines.append("- no logged data: learned in the environment")

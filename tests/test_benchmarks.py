@@ -1,5 +1,6 @@
 """The benchmark protocol: interrupted runs end as whole ones, results merge, tables are made from them."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -49,21 +50,20 @@ def make_model(dataset: OfflineDataset, seed: int) -> DTQL:
     return DTQL("MlpPolicy", ENV_ID, dataset=dataset, seed=seed, batch_size=8, policy_kwargs=dict(net_arch=[8]), device="cpu")
 
 
-def start(dataset: OfflineDataset, folder: Path, name: str = "DTQL", seed: int = 0, **kwargs) -> dict:
+def start(dataset: OfflineDataset, folder: Path, /, name: str = "DTQL", seed: int = 0, **kwargs) -> dict:
     def make() -> DTQL:
         return DTQL(
             "MlpPolicy", ENV_ID, dataset=dataset, seed=seed, batch_size=8, policy_kwargs=dict(net_arch=[8]), device="cpu"
         )
 
-    arguments: dict = dict(n_evaluations=3, n_eval_episodes=2, workdir=folder / "work") | kwargs
+    arguments: dict = dict(env=ENV_ID, n_evaluations=3, n_eval_episodes=2, workdir=folder / "work") | kwargs
     return harness.run(
         name,
         seed,
         lambda: make_model(dataset, seed),
         lambda path: DTQL.load(path, env=ENV_ID, dataset=dataset, device="cpu"),
         12,
-        ENV_ID,
-        folder / "results" / "pendulum.json",
+        result_file=folder / "results" / "pendulum.json",
         **arguments,
     )
 
@@ -102,8 +102,44 @@ def test_finished_run_is_not_repeated(dataset, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "results" / "pendulum.json").unlink()
     assert start(dataset, tmp_path) == json.loads(json.dumps(first))
     assert (tmp_path / "results" / "pendulum.json").is_file()
-    with pytest.raises(ValueError, match="belongs to a run with"):
+    with pytest.raises(ValueError, match=r"belongs to a run with n_evaluations 3 \(here 2\): choose another folder"):
         start(dataset, tmp_path, n_evaluations=2)
+
+
+def test_run_of_another_task_is_refused(dataset, tmp_path: Path):
+    """Data and environment are part of the protocol; what an older file does not say is not asked of it."""
+    record = start(dataset, tmp_path, dataset=dataset)
+    assert (record["dataset"], record["env"], record["deterministic"]) == ("random", ENV_ID, True)
+    expert = copy.copy(dataset)
+    expert.name = "expert"
+    with pytest.raises(ValueError, match=r"dataset random \(here expert\)"):
+        start(dataset, tmp_path, dataset=expert)
+    with pytest.raises(ValueError, match=rf"env {ENV_ID} \(here Other-v0\)"):
+        start(dataset, tmp_path, dataset=dataset, env=gym.envs.registration.EnvSpec("Other-v0"))
+    with pytest.raises(ValueError, match=r"deterministic True \(here False\)"):
+        start(dataset, tmp_path, dataset=dataset, deterministic=False)
+    (file,) = tmp_path.glob("work/*/*/progress.json")
+    progress = json.loads(file.read_text())
+    for key in ("dataset", "env", "deterministic"):
+        del progress["protocol"][key], progress["record"][key]
+    file.write_text(json.dumps(progress))
+    assert start(dataset, tmp_path, dataset=dataset) == progress["record"]
+
+
+def test_result_file_of_another_task_is_refused(dataset, tmp_path: Path):
+    file = tmp_path / "results" / "pendulum.json"
+    task = {"dataset": "random", "env": ENV_ID}
+    protocol.describe(file, "Nothing yet", task=task)
+    with pytest.raises(ValueError, match=r"dataset random \(here expert\)"):
+        protocol.describe(file, "Other", task={**task, "dataset": "expert"})
+    start(dataset, tmp_path)
+    protocol.describe(file, "Title", task=task)
+    content = json.loads(file.read_text())
+    assert (content["title"], content["task"], len(content["runs"])) == ("Title", task, 1)
+    protocol.write_json(file, {key: value for key, value in content.items() if key != "task"})
+    protocol.describe(file, "Of several tasks, for all it knows")
+    with pytest.raises(ValueError, match=r"dataset random \(here None\)"):
+        protocol.describe(file, "Other", task={**task, "dataset": None})
 
 
 def test_online_run_continues_the_count(dataset, tmp_path: Path):
@@ -131,7 +167,7 @@ def test_record_says_where_it_comes_from(dataset, tmp_path: Path):
     record = start(dataset, tmp_path, about=lambda model: {"note": "a note"})
     assert record["environment"]["libraries"]["torch"]
     assert record["environment"]["cpu_count"] >= 1
-    assert record["note"] == "a note"
+    assert (record["note"], record["dataset"]) == ("a note", "random")
     assert 0 < record["train_seconds"] < record["wall_seconds"]
     assert record["behavior"]["mean"] == pytest.approx(dataset.episode_returns.mean())
     expected = 100 * (np.array(curve(record)[0][1]) + 1600) / 1600

@@ -3,6 +3,9 @@
 import itertools
 import json
 import os
+import re
+import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,8 +17,11 @@ import pytest
 import torch as th
 from envs import PointGoalEnv
 
+import sb3_diffusion
 import sb3_diffusion.cli as cli
-from sb3_diffusion import DTQL, load_dataset
+from sb3_diffusion import DTQL, Diffuser, load_dataset
+from sb3_diffusion.cli.shared import make_model, read_changes
+from sb3_diffusion.datasets import write_dataset
 
 ENV_ID = "Pendulum-v1"
 FILM_ENV = "SB3DiffusionFilm-v0"
@@ -99,6 +105,76 @@ def test_train_and_evaluate(log_file: Path, tmp_path: Path, capsys: pytest.Captu
     again = json.loads(capsys.readouterr().out)
     assert again["returns"][0] == pytest.approx(report["returns"][0], rel=1e-5)
     assert again["mean_interval_95"] is None
+
+
+def test_evaluate_knows_the_dataset_of_the_training(log_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    env = gym.make(ENV_ID)
+    spaces = dict(observation_space=env.observation_space, action_space=env.action_space)
+    data = load_dataset(str(log_file), env_spec=env.spec, **spaces)
+    data.ref_min_score, data.ref_max_score = -1600.0, 0.0
+    write_dataset(data, tmp_path / "log.npz")
+    out = tmp_path / "run"
+    options = ("--steps", 1, "--seed", 0, "--device", "cpu", "--episodes", 0, "--out", out)
+    assert run("train", "--dataset", tmp_path / "log.npz", *options) == 0
+    capsys.readouterr()
+    evaluate = ("evaluate", out / "model.zip", "--episodes", 1, "--seed", 1)
+    assert run(*evaluate, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["dataset"], report["env"]) == (load_dataset(str(tmp_path / "log.npz")).name, ENV_ID)
+    assert report["normalized_scores"] == pytest.approx([100.0 * (report["mean"] + 1600.0) / 1600.0])
+    assert run(*evaluate) == 0
+    assert "behaviour (the data)" in capsys.readouterr().out
+
+    (tmp_path / "log.npz").unlink()
+    assert run(*evaluate, "--env", ENV_ID, "--json") == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    assert report["dataset"] is None and report["normalized_scores"] is None
+    (line,) = output.err.strip().splitlines()
+    assert line.startswith("Without the dataset of the training") and "log.npz" in line
+    assert run(*evaluate) == 1  # the environment is that of the dataset
+    assert "log.npz" in capsys.readouterr().err
+    assert run(*evaluate, "--env", ENV_ID, "--dataset", "other.npz") == 1  # what was asked for is not left out
+
+
+def test_settings_as_dotted_names_and_schedules(tmp_path: Path):
+    changes = ("policy_kwargs.net_arch=[8]", "batch_size=4", "learning_rate=lin_3e-4")
+    assert run("train", "--env", ENV_ID, "--steps", 1, "--episodes", 0, "--out", tmp_path / "run", "--set", *changes) == 0
+    model = DTQL.load(tmp_path / "run" / "model")
+    assert (model.policy_kwargs["net_arch"], model.batch_size) == ([8], 4)
+    assert [model.learning_rate(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([3e-4, 1.5e-4, 0.0])
+
+
+def test_dotted_names_add_to_a_preset():
+    changes = read_changes(["policy_kwargs.net_kwargs.multipliers=[1]"])
+    model = make_model(Diffuser, "MlpPolicy", ENV_ID, "halfcheetah-medium", changes, device="cpu")
+    assert model.policy_kwargs["net_kwargs"] == {**Diffuser.preset("halfcheetah-medium")["policy_kwargs"]["net_kwargs"],
+                                                 "multipliers": [1]}  # fmt: skip
+
+
+def test_stochastic_evaluations(log_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Asked for, they are sampled on the way, at the end, in what is resumed and in benchmarks."""
+    asked: list[bool] = []
+    predict = DTQL.predict
+
+    def predict_and_look(self: DTQL, *args, deterministic: bool = False, **kwargs):
+        asked.append(deterministic)
+        return predict(self, *args, deterministic=deterministic, **kwargs)
+
+    monkeypatch.setattr(DTQL, "predict", predict_and_look)
+    small = ("--set", "policy_kwargs.net_arch=[8]", "batch_size=4")
+    options = ("--steps", 1, "--episodes", 1, "--eval-every", 1, *small)
+    for sampled in ((), ("--stochastic",)):
+        out = tmp_path / f"run{len(sampled)}"
+        assert train(log_file, *options, *sampled, "--out", out) == 0
+        assert run("train", "--resume", out / "model.zip", "--steps", 2, "--device", "cpu") == 0
+        assert set(asked) == {not sampled} and len(asked) == 4 * 200
+        asked.clear()
+    benchmark = ("--dataset", log_file, "--env", ENV_ID, "--device", "cpu", "--out", "b", "--steps", 1, "--evaluations", 1)
+    assert run("benchmark", *benchmark, "--episodes", 1, "--seeds", 0, *small, "--stochastic") == 0
+    assert set(asked) == {False}
+    (record,) = json.loads(Path("b/results.json").read_text())["runs"].values()
+    assert record["name"].endswith(", stochastic") and record["deterministic"] is False
 
 
 def test_interrupted_run_goes_on_exactly(log_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -298,17 +374,68 @@ def test_benchmark(log_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 0.0 < speed["share_of_ceiling"]["64_actions"] < 1.0 and speed["share_of_ceiling"]["batch"] == 0.0
 
 
+def test_benchmark_of_another_task_is_refused(log_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Nothing that the folder holds is changed, also where its files do not name their task."""
+    other = tmp_path / "other.hdf5"
+    shutil.copyfile(log_file, other)
+    out = tmp_path / "b"
+    settings = ("--steps", 2, "--evaluations", 1, "--episodes", 1, "--seeds", 0, "--set", "policy_kwargs.net_arch=[8]")
+    options = ("--device", "cpu", "--out", out, *settings)
+    on_log, on_other = (("benchmark", "--dataset", file, "--env", ENV_ID, *options) for file in (log_file, other))
+    assert run(*on_log) == 0
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in out.rglob("*.json")}
+
+    def is_refused(*args: object) -> bool:
+        before = content()
+        capsys.readouterr()
+        status, error = run(*args), capsys.readouterr().err
+        return status == 1 and content() == before and "results.json" in error and "another folder (--out)" in error
+
+    assert is_refused(*on_other)
+    assert is_refused("benchmark", "--env", ENV_ID, *options)
+    assert is_refused(*on_other[:4], ENV_ID, "--algo", "diffusion_ql", *options)  # has no run in the folder
+    results, (progress,) = out / "results.json", out.glob("work/results/*/progress.json")
+    for file, entries in ((results, lambda data: data), (progress, lambda data: data["protocol"])):
+        data = json.loads(file.read_text())
+        for key in ("task", "dataset", "env", "deterministic"):
+            entries(data).pop(key, None)
+        file.write_text(json.dumps(data))
+    assert is_refused(*on_other)
+    assert run(*on_log) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["train"], "pass --dataset, --env or both"),
         (["train", "--algo", "ppo", "--env", ENV_ID], "There is no algorithm 'ppo'; there are:"),
         (["train", "--env", "NoSuchEnv-v0"], "NoSuchEnv"),
+        (["train", "--env", "CartPole-v1"], "got Discrete(2)"),
         (["train", "--dataset", "no/such-v0"], "no/such-v0"),
         (["train", "--resume", "nothing.zip"], "There is no model file nothing.zip"),
         (["evaluate", "nothing.zip", "--env", ENV_ID], "There is no model file nothing.zip"),
         (["dataset", "make", "no/such-v0"], "There is no embedded dataset"),
-        (["train", "--env", ENV_ID, "--set", "no_such=1"], "does not know a setting"),
+        (["train", "--env", ENV_ID, "--set", "no_such=1"], "has no hyperparameter 'no_such'; there are: action_noise, "),
+        (["train", "--env", ENV_ID, "--set", "q_coeff=1"], "has no hyperparameter 'q_coeff'; did you mean q_coef"),
+        (["train", "--env", ENV_ID, "--set", "gamma.x=1"], "which is no dict"),
+        (
+            ["train", "--env", ENV_ID, "--set", "policy_kwargs=dict(net_arch=[32])"],
+            "`policy_kwargs`: expected a Python literal",
+        ),
+        (["train", "--env", ENV_ID, "--set", "policy_kwargs=5"], "does not take what --set says"),
+        (["train", "--env", ENV_ID, "--set", "gamma=high"], "does not take what --set says"),
+        (["train", "--env", ENV_ID, "--set", "learning_rate=falls_3e-4"], "'cosine_3e-4': got 'falls_3e-4'"),
+        (["train", "--env", ENV_ID, "--policy", "Foo"], "DTQL has no policy 'Foo'; there are: MlpPolicy, CnnPolicy"),
+        (["train", "--env", ENV_ID, "--eval-every", "-5"], "`--eval-every` must lie in [0"),
+        (["train", "--env", ENV_ID, "--save-every", "-5"], "`--save-every` must lie in [0"),
+        (["train", "--env", ENV_ID, "--episodes", "-1"], "`--episodes` must lie in [0"),
+        (["demo", "--steps", "0"], "`--steps` must lie in [1"),
+        (["demo", "--episodes", "0"], "`--episodes` must lie in [1"),
+        (["benchmark", "--env", ENV_ID, "--episodes", "0"], "`--episodes` must lie in [1"),
+        (["benchmark", "--env", ENV_ID, "--seeds"], "`--seeds` must hold at least one"),
         (["train", "--env", ENV_ID, "--set", "gamma"], "as name=value"),
         (["dataset", "summary", "nothing.hdf5"], "nothing.hdf5"),
     ],
@@ -318,6 +445,14 @@ def test_mistakes_are_told_in_one_line(args: list[str], message: str, capsys: py
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+    assert not list(Path().iterdir())
+
+
+def test_unknown_log_format(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        run("train", "--env", ENV_ID, "--log", "xml")
+    assert stop.value.code == 2
+    assert "tensorboard" in capsys.readouterr().err
 
 
 def test_foreign_model_file(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -332,8 +467,13 @@ def test_finished_model_is_not_overwritten(log_file: Path, tmp_path: Path, capsy
     assert train(log_file, "--steps", 1, "--out", tmp_path / "run") == 1
     assert "already holds a finished model.zip" in capsys.readouterr().err
     assert (tmp_path / "run" / "model.zip").read_bytes() == before
+    assert run("demo", "--out", tmp_path / "run") == 1
+    assert "already holds a finished model.zip" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model.zip", "train.json"}
     assert run("train", "--resume", tmp_path / "run" / "model.zip", "--steps", 1) == 1
     assert "more than the 1 timesteps" in capsys.readouterr().err
+    assert run("train", "--resume", tmp_path / "run" / "model.zip", "--steps", 2, "--policy", "CnnPolicy") == 1
+    assert "--policy, --preset and --set are for new models" in capsys.readouterr().err
 
 
 def test_keyboard_interrupt_outside_of_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
@@ -353,6 +493,25 @@ def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture):
     assert stop.value.code == 0
     output = capsys.readouterr().out
     assert f"sb3-diffusion {' '.join(command)}" in output.split("usage:", 1)[1].split("\n", 1)[1]
+    assert "None" not in output and "(default: )" not in output and "False" not in output
+
+
+def test_version(capsys: pytest.CaptureFixture):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"{sb3_diffusion.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "script", sorted((Path(__file__).parent.parent / "examples").glob("*.py")), ids=lambda path: path.stem
+)
+def test_help_of_the_examples(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """They say what they are, and in a line of its own how they are called."""
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 0
+    call = re.compile(rf"^    (python|torchrun .*) examples/{script.name} --", re.MULTILINE)
+    assert call.search(capsys.readouterr().out)
 
 
 def test_without_tyro(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -614,6 +614,26 @@ def test_minari_id_that_is_not_there(tmp_path: Path):
     assert str(tmp_path / "minari") in str(error.value) and str(tmp_path / "d4rl") in str(error.value)
     with pytest.raises(FileNotFoundError, match="minari download"):
         make_env("mujoco/hopper/medium-v0")
+    with pytest.raises(FileNotFoundError, match="minari download D4RL/door/human-v2"):
+        load_dataset("D4RL/door/human-v2")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("sb3-diffusion/pendulum/mixed-v1", "No embedded dataset .*: there are .*, sb3-diffusion/pendulum/mixed-v0"),
+        ("log.csv", "No dataset 'log.csv'.*no such file"),
+        ("/tmp", "No Minari dataset '/tmp'.* ids read namespace/name-v0"),
+        ("logs/run 3.csv", "ids read namespace/name-v0"),
+        ("mujoco/hopper/medium", "ids read namespace/name-v0"),
+        ("Pendulum-v1", "id of an environment: expected that of a dataset, such as 'sb3-diffusion/"),
+    ],
+)
+def test_what_cannot_be_downloaded(source: str, message: str):
+    for load in (load_dataset, make_env):
+        with pytest.raises(FileNotFoundError, match=message) as error:
+            load(source)
+        assert "minari download" not in str(error.value)
 
 
 def test_minari_reference_scores():
@@ -765,6 +785,16 @@ def test_d4rl_names_scores_and_environment(tmp_path: Path):
     assert load_dataset("maze2d-umaze-v1").ref_max_score == 161.86
 
 
+@pytest.mark.parametrize("name", ["buffer.pkl", "model.zip", "log"])
+def test_files_of_another_kind(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(b"0")
+    for source in (tmp_path / name, str(tmp_path / name)):
+        with pytest.raises(
+            ValueError, match=rf"Expected .hdf5, .h5, .npz, .mmap: got '.*{name}'.*model.load_replay_buffer\(path\)"
+        ):
+            load_dataset(source)
+
+
 def test_d4rl_bad_files(tmp_path: Path):
     arrays = toy_arrays()
     del arrays["terminals"]
@@ -808,6 +838,22 @@ def test_arrays_action_range():
         load_dataset(arrays)
     with pytest.raises(TypeError, match="must be continuous"):
         load_dataset(arrays, action_space=spaces.Discrete(2))
+
+
+def test_arrays_with_the_names_of_gymnasium():
+    arrays = {**toy_arrays(), "timeouts": np.arange(12) == 10}
+    expected = load_dataset(arrays)
+    terminations, truncations = arrays.pop("terminals"), arrays.pop("timeouts")
+    data = load_dataset({**arrays, "terminations": terminations, "truncations": truncations, "infos": None})
+    assert data.terminations.sum() == 2 and data.truncations.sum() == 1
+    for field in ("observations", "terminations", "truncations"):
+        np.testing.assert_array_equal(getattr(data, field), getattr(expected, field))
+    for both in (
+        {"terminals": terminations},
+        {"terminals": terminations, "truncations": truncations, "timeouts": truncations},
+    ):
+        with pytest.raises(ValueError, match="names of the same flags: got both"):
+            load_dataset({**arrays, "terminations": terminations, **both})
 
 
 def test_arrays_bad():
@@ -1135,7 +1181,9 @@ def test_tasks_without_an_end_are_cut_as_in_the_data():
     spec.max_episode_steps = 1_000_000
     arrays = {**toy_arrays(12, ()), "observations": np.zeros((12, 3)), "next_observations": np.zeros((12, 3))}
     data = load_dataset(arrays, env_spec=spec)
-    with pytest.warns(UserWarning, match="cut after 12 steps"):
+    with pytest.warns(
+        UserWarning, match=r"cut after 12 steps.*give the model `make_env\(dataset, max_episode_steps=\.\.\.\)`"
+    ):
         assert make_dataset_env(data).spec.max_episode_steps == 12
     with pytest.warns(UserWarning, match="cut after 12 steps"):
         assert make_env(data).spec.max_episode_steps == 12

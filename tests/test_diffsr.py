@@ -13,6 +13,7 @@ from conftest import image_env
 from envs import POINT_ENV, RandomEnv
 from gymnasium import spaces
 from scipy import stats
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import NormalActionNoise
@@ -821,6 +822,24 @@ def test_large_last_layer_warns() -> None:
             score_net_width=512,
             policy_kwargs=dict(net_arch=dict(pi=[4], qf=[4], psi=[4])),
         )
+
+
+@pytest.mark.parametrize("buffer_class", [None, NStepReplayBuffer])
+def test_features_learn_from_single_steps_of_any_buffer(buffer_class: Any) -> None:
+    """With n-step returns, next observations are still those that one step leads to: a turn by the new speed."""
+    settings: dict[str, Any] = dict(n_steps=3)
+    if buffer_class is not None:
+        settings = dict(replay_buffer_class=buffer_class, replay_buffer_kwargs=dict(n_steps=3, gamma=0.99))
+    model = DiffSR.from_preset("small", "Pendulum-v1", learning_starts=40, batch_size=16, device="cpu", seed=0, **settings)
+    model.learn(50)
+    seen: list[Any] = []
+    loss = model._feature_loss
+    model._feature_loss = lambda batch, *args: (seen.append(batch), loss(batch, *args))[1]  # type: ignore[method-assign]
+    model.train(1)
+    angles = [th.atan2(states[:, 1], states[:, 0]) for states in (seen[0].observations, seen[0].next_observations)]
+    turned = th.remainder(angles[1] - angles[0] + th.pi, 2 * th.pi) - th.pi
+    th.testing.assert_close(turned, 0.05 * seen[0].next_observations[:, 2], atol=1e-4, rtol=0.0)
+    assert seen[0].rewards.max() <= 0.0 and model.replay_buffer.n_steps == 3
 
 
 @pytest.mark.parametrize("name", DiffSR.presets)

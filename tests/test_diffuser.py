@@ -1343,6 +1343,21 @@ def test_tracker_is_proportional_derivative_control() -> None:
     np.testing.assert_allclose(as_dict[..., 0], [[-0.5, 3.5]])
 
 
+@pytest.mark.parametrize(
+    ("tracker", "size", "n_actions", "message"),
+    [
+        (PDTracker(), 3, 2, r"2 indices .* size of the observation, 3: got \[0, 1\] and \[2, 3\]"),
+        (PDTracker(), 4, 1, r"1 indices .*: got \[0, 1\] and \[2, 3\]"),
+        (PDTracker([0, 1], [2]), 4, 2, r"2 indices .*: got \[0, 1\] and \[2\]"),
+        (PDTracker([-5, 1], [2, 3]), 4, 2, r"2 indices .*: got \[-5, 1\] and \[2, 3\]"),
+    ],
+)
+def test_tracker_has_to_fit(tracker: PDTracker, size: int, n_actions: int, message: str) -> None:
+    observations = np.zeros((1, size))
+    with pytest.raises(ValueError, match=r"`positions` and `velocities` must hold " + message):
+        tracker(observations, observations, np.zeros((1, n_actions)))
+
+
 def test_tracker_acts_on_planned_states() -> None:
     seen: list[tuple[Any, ...]] = []
 
@@ -1432,7 +1447,7 @@ def test_a_function_as_tracker_is_asked_for(tmp_path: Path) -> None:
 
 def test_images_are_refused() -> None:
     env = RandomEnv(spaces.Box(0, 255, (36, 36, 1), np.uint8), box(ACTION_DIM))
-    with pytest.raises(ValueError, match="Diffuser plans over vectors.*no image.*DTQL and DiffusionQL learn from images"):
+    with pytest.raises(ValueError, match="Diffuser plans over vectors.*no image.*DTQL, DiffusionQL and DiffSR take images"):
         Diffuser("CnnPolicy", env, device="cpu")
 
 

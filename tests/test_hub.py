@@ -70,3 +70,10 @@ def test_package_command(box_dataset: OfflineDataset, tmp_path: Path, capsys: py
     assert "README.md, model.zip, results.json" in " ".join(capsys.readouterr().out.split())
     assert "`sb3-diffusion train --steps 1`" in (tmp_path / "out" / "README.md").read_text()
     assert load_package(tmp_path / "out").num_timesteps == 1
+    card, out = tmp_path / "out" / "README.md", tmp_path / "sampled"
+    assert "2 episodes of this one model, deterministic actions" in card.read_text()
+    assert main(["package", str(tmp_path / "model.zip"), str(out), "--episodes", "2", "--stochastic"]) == 0
+    assert "2 episodes of this one model, sampled actions" in (out / "README.md").read_text()
+    results = [json.loads((card.parent / "results.json").read_text()), json.loads((out / "results.json").read_text())]
+    assert [each["deterministic"] for each in results] == [True, False]
+    assert results[0]["evaluation"]["returns"] != results[1]["evaluation"]["returns"]

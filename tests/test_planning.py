@@ -767,6 +767,41 @@ def test_horizon_in_strides() -> None:
         PlanningWrapper(point_mass(), planner, n_action_steps=17)
 
 
+@pytest.mark.parametrize(
+    ("observation_space", "action_space", "message"),
+    [
+        (spaces.Box(-1.0, 1.0, (3,)), PointMass.action_space, r"must show what the model plans from, Box.*: got Box"),
+        (spaces.Dict(observation=PointMass.observation_space), PointMass.action_space, "must show what the model plans from"),
+        (
+            PointMass.observation_space,
+            spaces.Box(-1.0, 1.0, (3,)),
+            r"must take the actions that the model plans, Box.*: got Box",
+        ),
+    ],
+)
+def test_model_of_another_env(observation_space: spaces.Space, action_space: spaces.Box, message: str) -> None:
+    planner = PointMassPlanner()
+    planner.observation_space, planner.action_space = observation_space, action_space  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=message):
+        PlanningWrapper(point_mass(), planner)
+    with pytest.raises(ValueError, match=message):
+        VecPlanningWrapper(DummyVecEnv([point_mass]), planner)
+
+
+def test_model_of_an_env_without_the_goal() -> None:
+    """The goal is no part of the state: it may be in the env and not in the model, as nothing else may."""
+    env = gym.make(POINT_GOAL_ENV)
+    planner = RandomPlanner(env.action_space)
+    parts = dict(env.observation_space.spaces)
+    for key in ("desired_goal", "achieved_goal"):
+        planner.observation_space = spaces.Dict({name: part for name, part in parts.items() if name != key})  # type: ignore[attr-defined]
+        if key == "desired_goal":
+            PlanningWrapper(env, planner).reset()
+        else:
+            with pytest.raises(ValueError, match="must show what the model plans from"):
+                PlanningWrapper(env, planner)
+
+
 def test_wrong_kinds() -> None:
     with pytest.raises(TypeError, match="must have a method `plan"):
         PlanningWrapper(point_mass(), object())

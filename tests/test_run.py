@@ -1,5 +1,6 @@
 """Learning in all its forms: offline, online, fine-tuning; envs, policies, spaces, callbacks, logs."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from algos import ALGOS, AlgoSpec
 from conftest import image_env
 from envs import EPISODE_LENGTH, POINT_ENV, POINT_GOAL_ENV, CountingWrapper, PointGoalEnv, RandomEnv
 from gymnasium import spaces
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
@@ -44,7 +46,7 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_diffusion import OfflineDataset, load_dataset, make_env
+from sb3_diffusion import FutureStateReplayBuffer, OfflineDataset, TrajectoryReplayBuffer, load_dataset, make_env
 from sb3_diffusion.datasets import SpacesEnv
 from sb3_diffusion.evaluation import evaluate
 
@@ -139,6 +141,25 @@ def test_fine_tuning_at_the_ends(
     draws = count_draws(model, monkeypatch)
     model.learn(15, offline=False)
     assert sum(draws["dataset"]) == 5 * n_offline and sum(draws["replay"]) == 5 * (8 - n_offline)
+
+
+def test_fine_tuning_from_a_buffer_of_another_class(spec: AlgoSpec, box_dataset: OfflineDataset) -> None:
+    """Of states further on, which these methods do not look at; and of SB3's n-step returns, beside logged single steps."""
+    spec.need("n_steps")
+    model = spec.make(POINT_ENV, dataset=box_dataset, replay_buffer_class=FutureStateReplayBuffer).learn(30, offline=False)
+    assert model._n_updates > 0 and len(model.sample_batch(8).rewards) == 8
+
+    settings = dict(replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=dict(n_steps=3, gamma=0.9), gamma=0.9)
+    model = spec.make(POINT_ENV, dataset=box_dataset, **settings).learn(30, offline=False)
+    discounts = th.stack([model.sample_batch(30).discounts[:, 0] for _ in range(10)])
+    assert discounts[:, :15].numpy() == pytest.approx(0.9), "logged steps are single ones"
+    np.testing.assert_allclose(discounts[:, 15:].unique().numpy(), [0.729, 0.81, 0.9], rtol=1e-5)
+
+
+def test_a_buffer_of_windows_is_refused_by_what_learns_from_transitions(spec: AlgoSpec) -> None:
+    spec.need("n_steps")
+    with pytest.raises(ValueError, match=f"{spec.cls.__name__} learns from transitions.*TrajectoryReplayBuffer"):
+        spec.make(POINT_ENV, replay_buffer_class=TrajectoryReplayBuffer, replay_buffer_kwargs=dict(horizon=4))
 
 
 def test_batches_come_from_the_dataset_until_the_buffer_holds_one(
@@ -558,6 +579,30 @@ def test_cnn_policy(spec: AlgoSpec, image_dataset: OfflineDataset) -> None:
     observation, _ = image_env().reset()
     assert model.predict(observation)[0].shape == model.action_space.shape
     assert spec.make(dataset=image_dataset, **kwargs).learn(2).num_timesteps == 2
+
+
+@pytest.mark.parametrize("name", ["batch_size", "buffer_size", "n_steps", "n_pretrain_steps", "n_diffusion_steps"])
+def test_counts_are_integers(spec: AlgoSpec, name: str) -> None:
+    names = set(inspect.signature(spec.cls).parameters)
+    if name not in names:
+        pytest.skip(f"{spec.name} has no {name}")
+    for wrong in (2.5, 8.0):
+        with pytest.raises(ValueError, match=rf"`{name}` must be an integer in \[\d, inf\]: got {wrong}"):
+            spec.make(POINT_ENV, **{name: wrong})
+
+
+def test_counts_of_numpy(spec: AlgoSpec) -> None:
+    assert spec.make(POINT_ENV, batch_size=np.int64(4), buffer_size=np.int32(50)).learn(12)._n_updates > 0
+
+
+def test_policy_kwargs_are_a_dict(spec: AlgoSpec) -> None:
+    with pytest.raises(TypeError, match=r"`policy_kwargs` must be a dict .*: got 'dict\(net_arch=\[8\]\)'"):
+        spec.cls("MlpPolicy", POINT_ENV, policy_kwargs="dict(net_arch=[8])")
+
+
+def test_cnn_policy_refuses_vectors(spec: AlgoSpec) -> None:
+    with pytest.raises((AssertionError, ValueError), match=r"images.*got Box|images not with Box"):
+        spec.make(POINT_ENV, policy="CnnPolicy")
 
 
 def test_wrong_policy_for_the_observations(spec: AlgoSpec, goal_dataset: OfflineDataset) -> None:

@@ -21,7 +21,7 @@ from sb3_diffusion import DTQL, OfflineDataset
 from sb3_diffusion.cli import main
 from sb3_diffusion.datasets import write_dataset
 from sb3_diffusion.sweep import SweepResults, SweepSettings, resume_sweep, run_sweep
-from sb3_diffusion.sweep.settings import parse_params
+from sb3_diffusion.sweep.arguments import read_values
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray[tune] is not installed")
 BOX_ID = "tests/point/random-v0"
@@ -253,7 +253,7 @@ def test_hyperparameters_from_text() -> None:
         "actor_type=gaussian,implicit",
         "q_normalization=None,cross_critic",
     ]
-    assert parse_params(texts) == {
+    assert read_values(texts) == {
         "tau": [0.1, 0.2],
         "policy_kwargs.net_arch": [[64, 64], [256]],
         "actor_type": ["gaussian", "implicit"],
@@ -261,13 +261,32 @@ def test_hyperparameters_from_text() -> None:
     }
     for text in ("tau", "tau=", "=1"):
         with pytest.raises(ValueError, match="name=value,value"):
-            parse_params([text])
+            read_values([text])
+    with pytest.raises(ValueError, match="`policy_kwargs`: expected a Python literal"):
+        read_values(["policy_kwargs=dict(net_arch=[64])"])
+
+
+@needs_ray
+def test_constructor_arguments_of_a_trial() -> None:
+    from sb3_diffusion.sweep.ray_tune import constructor_arguments
+
+    params = {"preset": "maze2d-umaze", "policy_kwargs.net_kwargs.multipliers": [1], "learning_rate": "lin_3e-4"}
+    preset = sb3_diffusion.Diffuser.preset("maze2d-umaze")
+    arguments = constructor_arguments(sb3_diffusion.Diffuser, {"params": params})
+    assert arguments["policy_kwargs"]["net_kwargs"] == {**preset["policy_kwargs"]["net_kwargs"], "multipliers": [1]}
+    assert arguments["learning_rate"](0.5) == pytest.approx(1.5e-4)
+    assert arguments["horizon"] == preset["horizon"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(algos=["ppo"]), "There is no algorithm 'ppo'"),
+        (dict(params={"q_coeff": [1.0]}), "DTQL has no hyperparameter 'q_coeff'; did you mean q_coef"),
+        (dict(algos=["dtql", "diffsr"], params={"q_coef": [1.0]}), "DiffSR has no hyperparameter 'q_coef'"),
+        (dict(params={"gamma.x": [1.0]}), "which is no dict"),
+        (dict(params={"preset": [None, "no-such"]}), "DTQL has no preset 'no-such'"),
+        (dict(params={"learning_rate": [1e-3, "falls_3e-4"]}), "'cosine_3e-4': got 'falls_3e-4'"),
         (dict(seeds=[]), "`seeds` must hold at least one"),
         (dict(evaluations=20), "`evaluations` must lie in"),
         (dict(samples=2, params={"tau": [0.1, 0.2]}), "got several for tau"),
@@ -299,7 +318,10 @@ def test_paths_are_whole_for_trials_in_other_folders(
             return SweepResults([], [])
 
     monkeypatch.setattr("sb3_diffusion.sweep.running._ray_tune", lambda: Tune)
-    run_sweep(SweepSettings(["dtql"], ["log.npz", "log.mmap", "minari/log-v0"], env=f"envs:{POINT_ENV}"), "out")
+    run_sweep(
+        SweepSettings(["DTQL", "Diffusion-QL"], ["log.npz", "log.mmap", "minari/log-v0"], env=f"envs:{POINT_ENV}"), "out"
+    )
+    assert started[0].algos == ["dtql", "diffusion_ql"]  # in any spelling
     assert started[0].datasets == [str(tmp_path / "log.npz"), str(tmp_path / "log.mmap"), "minari/log-v0"]
     assert json.loads(Path("out/sweep.json").read_text())["datasets"] == started[0].datasets
 

@@ -26,7 +26,7 @@ from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.distributed import average, standard_deviation, take_from_first
 from sb3_diffusion.common.policies import take_rows
 from sb3_diffusion.common.schedules import log_logistic_sigmas
-from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
+from sb3_diffusion.common.utils import check_choice, check_integer, check_range, warmed_up_decay
 
 MIN_ADVANTAGE_SCALE = 1e-3
 """Smallest number that advantages, or action values, are divided by."""
@@ -126,7 +126,9 @@ class BellmanDiffusion(MeasureAlgorithm):
     :param max_weight: largest weight of the actor's regression
     :param max_grad_norm: largest norm of the gradient of each network; None for no bound
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
-        means yes, unless the environment is a ``VecNormalize`` that does it. Modelled states are normalised in any case
+        means yes, unless the environment is a ``VecNormalize`` that does it. Without data they stay as they are: wrap the
+        environment in ``VecNormalize``. Modelled states are normalised in any case, without data by what the replay buffer
+        holds at the first update
     :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
     :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
@@ -206,12 +208,12 @@ class BellmanDiffusion(MeasureAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        check_range("n_diffusion_steps", n_diffusion_steps, 1)
-        check_range("n_action_samples", n_action_samples, 1)
-        check_range("n_future_samples", n_future_samples, 1)
+        check_integer("n_diffusion_steps", n_diffusion_steps, 1)
+        check_integer("n_action_samples", n_action_samples, 1)
+        check_integer("n_future_samples", n_future_samples, 1)
         check_choice("agent", agent, ("distilled", "rebrac"))
         check_choice("measure_penalty", measure_penalty, ("futures", "states"))
-        check_range("policy_delay", policy_delay, 1)
+        check_integer("policy_delay", policy_delay, 1)
         for name, value in (
             ("actor_bc_coef", actor_bc_coef),
             ("critic_bc_coef", critic_bc_coef),
@@ -344,8 +346,8 @@ class BellmanDiffusion(MeasureAlgorithm):
         :param n_future_samples: futures per candidate; None leaves it as it is
         """
         n_future_samples = self.n_future_samples if n_future_samples is None else n_future_samples
-        check_range("n_action_samples", n_action_samples, 1)
-        check_range("n_future_samples", n_future_samples, 1)
+        check_integer("n_action_samples", n_action_samples, 1)
+        check_integer("n_future_samples", n_future_samples, 1)
         self.n_action_samples = self.policy.n_action_samples = n_action_samples
         self.n_future_samples = self.policy.n_future_samples = n_future_samples
 

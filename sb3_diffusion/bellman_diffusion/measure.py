@@ -14,7 +14,7 @@ from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated
 from sb3_diffusion.common.distributed import own_rows
 from sb3_diffusion.common.policies import take_rows
-from sb3_diffusion.common.utils import check_bound, check_choice, check_range
+from sb3_diffusion.common.utils import check_bound, check_choice, check_integer
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.evaluation import bootstrap_interval
 
@@ -87,10 +87,10 @@ class MeasureAlgorithm(OfflineAlgorithm):
             scheme = "stopped" if horizon is None else "logged"
         check_choice("measured_policy", measured_policy, ("data", "actor"))
         check_choice("scheme", scheme, ("stopped", "renoised", "logged"))
-        check_range("n_chain_levels", n_chain_levels, 1)
+        check_integer("n_chain_levels", n_chain_levels, 1)
         check_bound("max_grad_norm", max_grad_norm)
-        if horizon is not None and horizon < 1:
-            raise ValueError(f"`horizon` must be at least 1, or None for the discounted measure: got {horizon}.")
+        if horizon is not None:
+            check_integer("horizon", horizon, 1)
         if horizon is not None and scheme != "logged":
             raise ValueError(f'A finite `horizon` learns from logged futures: set `scheme="logged"` or None, got {scheme!r}.')
         if scheme == "logged" and measured_policy != "data":
@@ -370,7 +370,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
             return None
         if self.horizon is None:
             raise ValueError(f"`horizon` is for models that are built with one: got {horizon}.")
-        check_range("horizon", horizon, 1, self.horizon)
+        check_integer("horizon", horizon, 1, self.horizon)
         return th.full((n, 1), horizon, device=self.device)
 
     @th.no_grad()
@@ -396,7 +396,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         :return: shape ``(batch_size, n_samples, *obs_shape)``, a dict of such arrays for ``Dict`` observations; without the
             axis of the batch for a single observation
         """
-        check_range("n_samples", n_samples, 1)
+        check_integer("n_samples", n_samples, 1)
         tensors, scaled, vectorized = self._to_tensors(obs, action)
         steps = self._steps_left(horizon, len(scaled))
         generator = self.acting_generator if seed is None else th.Generator().manual_seed(seed)
@@ -435,7 +435,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         :param horizon: $n$, at most the model's own, which None takes; for a model with one
         :return: shape ``(batch_size,)``; a single number for a single observation
         """
-        check_range("n_samples", n_samples, 1)
+        check_integer("n_samples", n_samples, 1)
         tensors, scaled, vectorized = self._to_tensors(obs, action)
         reward_fn = self.reward_fn if reward_fn is None else reward_fn
         noise, steps = self.policy.shared_noise(n_samples), self._steps_left(horizon, len(scaled))

@@ -6,17 +6,16 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
-from sb3_diffusion.common.policies import FLAT_KEY, Actor, Network
+from sb3_diffusion.common.policies import FLAT_KEY, Actor, Network, check_vectors
 from sb3_diffusion.common.samplers import SAMPLERS
 from sb3_diffusion.common.schedules import noise_schedule_betas
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
-from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.common.utils import check_choice, check_integer
 
 MIN_SCALE = 1e-3
 """What varies less than this in the data keeps its scale."""
@@ -43,12 +42,7 @@ class StateCoder(nn.Module):
         self.alive_flag = alive_flag
         self.is_dict = isinstance(observation_space, spaces.Dict)
         parts = dict(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else {FLAT_KEY: observation_space}
-        for key, part in parts.items():
-            if not isinstance(part, spaces.Box) or is_image_space(part):
-                raise ValueError(
-                    f"BellmanDiffusion models states that are vectors: observations must be a Box that is no image, or a Dict "
-                    f"of such Boxes, got {part} for {key!r}. DTQL and DiffusionQL learn from images."
-                )
+        check_vectors(parts, "BellmanDiffusion models states that are vectors")
         self.shapes: dict[str, tuple[int, ...]] = {key: part.shape or () for key, part in parts.items()}
         self.sizes = {key: int(np.prod(shape)) for key, shape in self.shapes.items()}
         self.state_dim = sum(self.sizes.values())
@@ -163,7 +157,7 @@ class MeasureNetwork(Network):
         check_choice("sampler", sampler, MEASURE_SAMPLERS)
         check_choice("level_weighting", level_weighting, ("uniform", "ddpm"))
         if n_sampling_steps is not None:
-            check_range("n_sampling_steps", n_sampling_steps, 1, n_diffusion_steps)
+            check_integer("n_sampling_steps", n_sampling_steps, 1, n_diffusion_steps)
         self._own_arguments = dict(
             net_arch=net_arch,
             activation_fn=activation_fn,

@@ -23,7 +23,7 @@ from sb3_diffusion.bellman_diffusion.networks import (
     RewardModel,
     StateModel,
 )
-from sb3_diffusion.common.policies import ActionDenoiser, DiffusionPolicy, QCritic, n_rows, repeat_rows
+from sb3_diffusion.common.policies import ActionDenoiser, DiffusionPolicy, QCritic, check_image, n_rows, repeat_rows
 from sb3_diffusion.common.samplers import sample_dpm_solver
 from sb3_diffusion.common.torch_layers import Mish
 
@@ -393,7 +393,14 @@ def as_arrays(observations: PyTorchObs) -> Any:
 
 
 MlpPolicy = BellmanDiffusionPolicy
-CnnPolicy = BellmanDiffusionPolicy  # refuses images, and says so
+
+
+class CnnPolicy(BellmanDiffusionPolicy):
+    """For images, which BellmanDiffusion refuses."""
+
+    def __init__(self, observation_space: spaces.Space, *args: Any, **kwargs: Any) -> None:
+        check_image(observation_space)
+        super().__init__(observation_space, *args, **kwargs)
 
 
 class MultiInputPolicy(BellmanDiffusionPolicy):

@@ -21,6 +21,7 @@ from sb3_diffusion.cli.shared import (
     read_changes,
     require,
 )
+from sb3_diffusion.common.utils import check_range
 from sb3_diffusion.evaluation.protocol import describe, environment, run, write_json
 from sb3_diffusion.evaluation.timing import UNIT_OPERATIONS, count_operations, paired_timing
 
@@ -42,6 +43,7 @@ def benchmark(
     policy: str | None = None,
     preset: str | None = None,
     set: tuple[str, ...] = (),
+    stochastic: bool = False,
     device: str = "auto",
     out: Path = Path("sb3_diffusion_benchmark"),
     json: bool = False,
@@ -49,8 +51,8 @@ def benchmark(
     """
     Measure an algorithm on a dataset or in an environment: learning curves over seeds, or the speed of updates and actions.
 
-    A curve is resumed when it is started again (Ctrl-C loses nothing), and more seeds or other settings add to the same
-    results: out/results.json (all numbers, hardware, versions, commands), summary.json, learning_curves.png, report.html.
+    A curve is resumed when it is started again (Ctrl-C loses nothing). More seeds or other settings on the same task add to
+    the results: results.json (all numbers, hardware, versions, commands), summary.json, learning_curves.png, report.html.
 
     Examples:
 
@@ -59,29 +61,33 @@ def benchmark(
         sb3-diffusion benchmark speed --algo dtql --dataset mujoco/hopper/medium-v0
 
     :param what: curve or speed
-    :param algo: name of the algorithm; dtql by default
-    :param dataset: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name; without one
-        training is online
+    :param algo: algorithm, such as dtql or diffusion_ql; dtql by default
+    :param dataset: Minari id, D4RL name, or path of an .hdf5 (D4RL's layout), .npz or .mmap; without one, training is online
     :param env: Gymnasium id; by default the environment of the dataset
-    :param steps: timesteps per run
-    :param seeds: of the runs
-    :param evaluations: per run, at equal distances, the last one at the end
-    :param episodes: per evaluation
-    :param policy: MlpPolicy, CnnPolicy or MultiInputPolicy; by default what the observations ask for
-    :param preset: published settings of a task, such as hopper-medium, in place of the defaults
-    :param set: further constructor arguments as name=value
+    :param steps: timesteps of each run
+    :param seeds: seeds of the runs
+    :param evaluations: evaluations per run, at equal distances, the last one at the end
+    :param episodes: episodes per evaluation
+    :param policy: MlpPolicy, CnnPolicy or MultiInputPolicy; by default the one that fits the observations
+    :param preset: published settings of a task, such as hopper-medium, instead of the defaults
+    :param set: further constructor arguments as name=value, such as policy_kwargs.net_arch=[64,64] or learning_rate=lin_3e-4
+    :param stochastic: evaluate with sampled actions instead of the deterministic ones
     :param device: cpu, cuda, ... or auto
-    :param out: folder of the results
+    :param out: folder for the results, all of them of one dataset or environment
     :param json: print the summary as one JSON object and nothing else
     :return: exit status
     """
     require("plots", "matplotlib", "scipy", "jinja2")
+    check_range("--episodes", episodes, 1)
+    if not seeds:
+        raise ValueError("`--seeds` must hold at least one: got none.")
     algorithm = find_algorithm(algo)
     data = None if dataset is None else load_data(dataset, env)
     env_id = env_of(env, data)
     if data is None and env_id is None:
         raise ValueError("There is nothing to learn from: pass --dataset, --env or both.")
-    name = ", ".join([algorithm.__name__, *([] if preset is None else [f"preset {preset}"]), *set])
+    settings = [*([] if preset is None else [f"preset {preset}"]), *set, *(["stochastic"] if stochastic else [])]
+    name = ", ".join([algorithm.__name__, *settings])
     alias = policy or policy_for(data, env_id)
 
     def make(seed: int) -> Any:
@@ -90,7 +96,13 @@ def benchmark(
     task = env_id if data is None else data.name
     if what == "speed":
         model = make(seeds[0])
-        report = {"kind": "speed", "name": name, "task": task, **_speed(model), "environment": environment(model.device)}
+        report = {
+            "kind": "speed",
+            "name": name,
+            "task": task,
+            **_speed(model, not stochastic),
+            "environment": environment(model.device),
+        }
         write_json(out / "speed.json", report)
         print(json_format.dumps(report) if json else _speed_table(report, out / "speed.json"))
         return SUCCESS
@@ -99,7 +111,8 @@ def benchmark(
         raise ValueError(f"The dataset {task!r} does not say where to evaluate: pass --env.")
     results = out / "results.json"
     kind = "Online" if data is None else "Offline"
-    describe(results, f"{kind}: {task}", f"{steps:,} timesteps; {evaluations} evaluations of {episodes} episodes in {env_id}.")
+    text = f"{steps:,} timesteps; {evaluations} evaluations of {episodes} episodes in {env_id}."
+    describe(results, f"{kind}: {task}", text, {"dataset": None if data is None else data.name, "env": env_id})
     for seed in seeds:
         stop = StopOnSignal()
         record = run(
@@ -112,6 +125,7 @@ def benchmark(
             results,
             n_evaluations=evaluations,
             n_eval_episodes=episodes,
+            deterministic=not stochastic,
             replay_buffer=data is None,
             dataset=data,
             workdir=out / "work",
@@ -171,7 +185,7 @@ def _curve_table(summary: dict[str, Any], out: Path) -> str:
 # Speed ------------------------------------------------------------------------------------------------------------------
 
 
-def _speed(model: Any) -> dict[str, Any]:
+def _speed(model: Any, deterministic: bool) -> dict[str, Any]:
     """
     Medians of an update, of actions and of a batch, in milliseconds and in units of a matrix product that ran just before;
     what share of that product's operations per second they reach.
@@ -182,8 +196,8 @@ def _speed(model: Any) -> dict[str, Any]:
     parts: dict[str, Callable[[], object]] = {
         "matrix_product": lambda: left @ right,
         "update": lambda: model.train(gradient_steps=1, batch_size=model.batch_size),
-        "1_action": lambda: model.predict(one, deterministic=True),
-        "64_actions": lambda: model.predict(many, deterministic=True),
+        "1_action": lambda: model.predict(one, deterministic=deterministic),
+        "64_actions": lambda: model.predict(many, deterministic=deterministic),
         "batch": lambda: model.sample_batch(model.batch_size),
     }
     report: dict[str, Any] = {"batch_size": model.batch_size, "milliseconds": {}, "matrix_products": {}}

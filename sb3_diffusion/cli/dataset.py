@@ -26,7 +26,7 @@ def dataset_summary(source: str, /, *, json: bool = False) -> int:
         sb3-diffusion dataset summary mujoco/hopper/medium-v0
         sb3-diffusion dataset summary logs.hdf5 --json
 
-    :param source: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name
+    :param source: Minari id, D4RL name, or path of an .hdf5 (D4RL's layout), .npz or .mmap
     :param json: print one JSON object instead of text
     :return: exit status
     """
@@ -43,8 +43,8 @@ def dataset_plot(source: str, /, *, out: Path = Path("dataset.png")) -> int:
 
         sb3-diffusion dataset plot mujoco/hopper/medium-v0 --out hopper.png
 
-    :param source: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name
-    :param out: picture to write; its suffix decides the format
+    :param source: Minari id, D4RL name, or path of an .hdf5 (D4RL's layout), .npz or .mmap
+    :param out: picture to write, in place of an earlier one; its suffix decides the format
     :return: exit status
     """
     require("plots", "matplotlib")
@@ -65,9 +65,9 @@ def dataset_convert(source: str, target: str, /, *, env: str | None = None) -> i
         sb3-diffusion dataset convert hopper-medium-v2 hopper.npz
         sb3-diffusion dataset convert my/robot/log-v0 robot.mmap
 
-    :param source: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name
-    :param target: a path that ends in .hdf5, .h5, .npz or .mmap, or a Minari id that ends in a version; must not exist yet
-    :param env: Gymnasium id that decides over the spaces that the source leaves open
+    :param source: Minari id, D4RL name, or path of an .hdf5 (D4RL's layout), .npz or .mmap
+    :param target: path that ends in .hdf5, .h5, .npz or .mmap, or Minari id that ends in a version; must not exist yet
+    :param env: Gymnasium id; decides the spaces that the source leaves open
     :return: exit status
     """
     recorded = open_minari_source(source) if target.endswith(MEMORY_MAPPED_SUFFIX) and env is None else None
@@ -91,7 +91,7 @@ def dataset_make(name: str | None = None, /) -> int:
 
         sb3-diffusion dataset make
 
-    :param name: id of an embedded dataset; the default one if left out
+    :param name: id of an embedded dataset; by default the one of the demo
     :return: exit status
     """
     if name is not None and name not in EMBEDDED_DATASETS:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from sb3_diffusion.cli.shared import (
     SUCCESS,
+    USER_MISTAKES,
     env_of,
     headless,
+    in_one_line,
     load_data,
     load_model,
     print_comparison,
@@ -26,17 +28,17 @@ if TYPE_CHECKING:
 
 def _env_and_data(model: Path, env: str | None, dataset: str | None) -> tuple[str, OfflineDataset | None]:
     """
-    :param model: model file; what is not given may stand beside it
+    :param model: model file; what is not given is as in the train.json beside it
     :param env: as the user said
     :param dataset: as the user said
-    :return: id of the environment, and the dataset that the user named
+    :return: id of the environment, and the dataset, if there is one
     :raises ValueError: if no environment is known
     """
     settings = read_settings(model)
+    if dataset is None:
+        env, dataset = env or settings.get("env"), settings.get("dataset")
     data = None if dataset is None else load_data(dataset, env)
     env_id = env_of(env, data) or settings.get("env")
-    if env_id is None and settings.get("dataset") is not None:
-        env_id = env_of(None, load_data(settings["dataset"]))
     if env_id is None:
         raise ValueError("Which environment? Pass --env with a Gymnasium id, or --dataset with one that knows its own.")
     return env_id, data
@@ -64,20 +66,27 @@ def evaluate(
         sb3-diffusion evaluate runs/hopper/model.zip --env Hopper-v5
         sb3-diffusion evaluate runs/hopper/model.zip --dataset mujoco/hopper/medium-v0 --episodes 100 --json
 
-    :param model: file that was written by model.save
-    :param env: Gymnasium id; by default the environment of the dataset
-    :param dataset: whose reference scores and behaviour to compare with
+    :param model: model file, as train or model.save wrote it
+    :param env: Gymnasium id; by default the environment of the dataset, or that of the training
+    :param dataset: dataset to compare with; by default that of the train.json beside the model
     :param episodes: number of episodes
-    :param n_envs: environments that step together
+    :param n_envs: environments that step together, 10 at most by default
     :param stochastic: sample actions instead of taking the deterministic ones
-    :param seed: of the environments
-    :param algo: name of the algorithm; by default the file tells
+    :param seed: seed of the environments
+    :param algo: algorithm; by default the one that the file names
     :param device: cpu, cuda, ... or auto
     :param json: print one JSON object instead of a table
     :return: exit status
     """
     loaded = load_model(model, algo, device=device)
-    env_id, data = _env_and_data(model, env, dataset)
+    try:
+        env_id, data = _env_and_data(model, env, dataset)
+    except USER_MISTAKES as error:
+        of_training = env or read_settings(model).get("env")
+        if dataset is not None or of_training is None:
+            raise
+        env_id, data = of_training, None
+        print(f"Without the dataset of the training, which cannot be loaded: {in_one_line(error)}", file=sys.stderr)
     result = play(
         loaded,
         env_id,
@@ -91,7 +100,14 @@ def evaluate(
     if not json:
         print_comparison(data, result, model.name)
         return SUCCESS
-    report = {"model": str(model), "env": env_id, "seed": seed, "deterministic": not stochastic, **result.to_dict()}
+    report = {
+        "model": str(model),
+        "env": env_id,
+        "dataset": None if data is None else data.name,
+        "seed": seed,
+        "deterministic": not stochastic,
+        **result.to_dict(),
+    }
     # JSON knows no NaN, which is what the interval of a single episode is.
     report["mean_interval_95"] = result.confidence_interval(statistic="mean") if episodes > 1 else None
     report["iqm"] = result.iqm
@@ -126,24 +142,24 @@ def record(
         sb3-diffusion record runs/hopper/model.zip --env Hopper-v5
         sb3-diffusion record runs/maze/model.zip --seed 3 --n-action-steps 32 --out film.gif
 
-    :param model: file that was written by model.save
+    :param model: model file, as train or model.save wrote it
     :param env: Gymnasium id; by default the environment of the dataset, or that of the training
-    :param dataset: whose environment to use
-    :param out: .mp4 or .gif for one file; without suffix both; by default beside the model
+    :param dataset: dataset whose environment to use
+    :param out: path that ends in .mp4 or .gif; without a suffix, both are written; by default beside the model
     :param episodes: number of episodes, one after the other
-    :param max_steps: cut after so many env steps
+    :param max_steps: stop after this many env steps
     :param stochastic: sample actions instead of taking the deterministic ones
-    :param seed: of the environment and of planning
+    :param seed: seed of the environment and of planning
     :param n_action_steps: env steps per plan; by default the model's
-    :param render_dims: one or two dimensions of the observation in which the plan is drawn
-    :param algo: name of the algorithm; by default the file tells
+    :param render_dims: one or two dimensions of the observation to draw the plan in
+    :param algo: algorithm; by default the one that the file names
     :param device: cpu, cuda, ... or auto
     :return: exit status
     """
     require("video", "imageio", "imageio_ffmpeg")
     headless()
     loaded = load_model(model, algo, device=device)
-    env_id, _ = _env_and_data(model, env, dataset)
+    env_id = env or (read_settings(model).get("env") if dataset is None else None) or _env_and_data(model, env, dataset)[0]
     target = model.with_suffix("") if out is None else out
     paths = [target] if target.suffix else [target.with_suffix(".mp4"), target.with_suffix(".gif")]
     film = record_video(
@@ -171,6 +187,7 @@ def package(
     dataset: str | None = None,
     episodes: int = 100,
     seed: int = 0,
+    stochastic: bool = False,
     license: str = "mit",
     name: str | None = None,
     files: tuple[Path, ...] = (),
@@ -178,22 +195,23 @@ def package(
     device: str = "auto",
 ) -> int:
     """
-    Put a saved model into a folder that a hub takes as it is: the model, its scores, and a card that tells all about it.
+    Put a saved model into a folder that can be uploaded to a hub: the model, its scores, and a card that describes both.
 
     Examples:
 
         sb3-diffusion package runs/hopper/model.zip hub/dtql-hopper --env Hopper-v5 --files runs/hopper/model.mp4
 
-    :param model: file that was written by model.save
-    :param out: folder to make
+    :param model: model file, as train or model.save wrote it
+    :param out: folder to create
     :param env: Gymnasium id to evaluate in; by default the environment of the dataset, or that of the training
-    :param dataset: that the model learned from; by default that of the train.json beside the model
-    :param episodes: of the evaluation
-    :param seed: of the evaluation
-    :param license: of the model, an id that hubs know, such as mit or cc-by-4.0
-    :param name: of the model on its card; that of the folder by default
-    :param files: to put beside the model, such as a film
-    :param algo: name of the algorithm; by default the file tells
+    :param dataset: dataset that the model learned from; by default that of the train.json beside the model
+    :param episodes: episodes of the evaluation
+    :param seed: seed of the evaluation
+    :param stochastic: sample actions instead of taking the deterministic ones
+    :param license: licence of the model, as an id that hubs know, such as mit or cc-by-4.0
+    :param name: name of the model on its card; that of the folder by default
+    :param files: files to put beside the model, such as a film
+    :param algo: algorithm; by default the one that the file names
     :param device: cpu, cuda, ... or auto
     :return: exit status
     """
@@ -202,11 +220,21 @@ def package(
     require("hub", "huggingface_hub")
     loaded = load_model(model, algo, device=device)
     settings = read_settings(model)
-    env_id, data = _env_and_data(model, env, dataset or settings.get("dataset"))
-    result = play(loaded, env_id, episodes, seed=seed, dataset=data, progress_bar=sys.stderr.isatty())
-    commands = settings.get("commands", [])
+    env_id, data = _env_and_data(model, env, dataset)
+    result = play(
+        loaded, env_id, episodes, seed=seed, deterministic=not stochastic, dataset=data, progress_bar=sys.stderr.isatty()
+    )
     write_package(
-        loaded, out, env_id=env_id, result=result, dataset=data, commands=commands, license=license, name=name, files=files
+        loaded,
+        out,
+        env_id=env_id,
+        result=result,
+        deterministic=not stochastic,
+        dataset=data,
+        commands=settings.get("commands", []),
+        license=license,
+        name=name,
+        files=files,
     )
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return SUCCESS

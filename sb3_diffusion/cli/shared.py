@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import os
@@ -12,21 +11,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_diffusion import ALGORITHMS
 from sb3_diffusion.common.model_file import saved_class_name
 from sb3_diffusion.common.utils import policy_alias
 from sb3_diffusion.datasets.env_specs import register_robotics
 from sb3_diffusion.evaluation import EvaluationResult, bootstrap_interval
+from sb3_diffusion.sweep.arguments import algorithm_name, check_names, is_name, read_value, with_changes
+from sb3_diffusion.zoo.presets import parse_schedules
 
 if TYPE_CHECKING:
     from sb3_diffusion.common.base_class import OfflineAlgorithm
     from sb3_diffusion.datasets import OfflineDataset
 
 SUCCESS, USER_ERROR, INTERRUPTED = 0, 1, 130
+USER_MISTAKES = (ValueError, OSError, ImportError, BadZipFile, gym.error.Error)
+"""Errors that tell of a mistake in what was asked for, and end in one line instead of a traceback."""
 SETTINGS_FILE = "train.json"
 """What ``train`` writes beside a model: the settings that it was trained with."""
 
@@ -72,13 +77,7 @@ def find_algorithm(name: str | None) -> type[OfflineAlgorithm]:
     :return: the class
     :raises ValueError: if there is none of that name
     """
-    from sb3_diffusion import ALGORITHMS
-
-    known = {cls.__name__.lower(): cls for cls in ALGORITHMS.values()}  # dtql, diffusionql
-    key = (name or "dtql").lower().replace("_", "").replace("-", "")
-    if key not in known:
-        raise ValueError(f"There is no algorithm {name!r}; there are: {', '.join(sorted(ALGORITHMS))}.")
-    return known[key]
+    return ALGORITHMS[algorithm_name(name or "dtql")]
 
 
 def load_data(source: str, env_id: str | None = None) -> OfflineDataset:
@@ -127,20 +126,17 @@ def policy_for(data: OfflineDataset | None, env_id: str | None) -> str:
 
 def read_changes(changes: Sequence[str]) -> dict[str, Any]:
     """
-    :param changes: ``name=value`` each, the value a Python literal or else a string
+    :param changes: ``name=value`` each, the value a Python literal or else a string; learning rates also as RL Zoo writes them
     :return: values by name
-    :raises ValueError: if there is no ``=``
+    :raises ValueError: if there is no ``=``, or the value cannot be read
     """
     values: dict[str, Any] = {}
     for change in changes:
         name, equals, value = change.partition("=")
-        if not equals or not name.isidentifier():
+        if not equals or not is_name(name):
             raise ValueError(f"Expected settings as name=value, such as batch_size=64: got {change!r}.")
-        try:
-            values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[name] = value
-    return values
+        values[name] = read_value(name, value)
+    return parse_schedules(values)
 
 
 def make_model(
@@ -151,18 +147,22 @@ def make_model(
     :param policy: alias
     :param env: id or None
     :param preset: name of published settings, or None for the defaults
-    :param changes: constructor arguments that win over both
+    :param changes: constructor arguments that win over both; ``policy_kwargs.net_arch`` means an entry of ``policy_kwargs``
     :param kwargs: further constructor arguments
     :return: a new model
-    :raises ValueError: also if the constructor has no such argument
+    :raises ValueError: also if there is no such policy, or the constructor does not take the changes
     """
+    check_names(algorithm, changes)
+    known = {} if preset is None else algorithm.preset(preset)
     try:
-        if preset is not None:
-            return algorithm.from_preset(preset, env, policy, **{**kwargs, **changes})
-        return algorithm(policy, env, **{**kwargs, **changes})  # type: ignore[call-arg]
+        arguments = {"policy": policy, "env": env, **kwargs, **with_changes(known, changes)}
+        if arguments["policy"] not in algorithm.policy_aliases:
+            names = ", ".join(algorithm.policy_aliases)
+            raise ValueError(f"{algorithm.__name__} has no policy {arguments['policy']!r}; there are: {names}.")
+        return algorithm(**arguments) if preset is None else algorithm.from_preset(preset, **arguments)
     except TypeError as error:
-        if changes and "unexpected keyword argument" in str(error):
-            raise ValueError(f"{algorithm.__name__} does not know a setting of --set: {error}.") from error
+        if changes:
+            raise ValueError(f"{algorithm.__name__} does not take what --set says: {str(error).rstrip('.')}.") from error
         raise
 
 
@@ -248,6 +248,11 @@ def print_comparison(data: OfflineDataset | None, result: EvaluationResult, labe
         add("its best episode", returns[best : best + 1], None if scores is None else scores[best : best + 1])
     add(label, result.returns, result.normalized_scores)
     Console().print(table)
+
+
+def in_one_line(error: BaseException) -> str:
+    """:return: its message"""
+    return " ".join(str(error).split())
 
 
 def to_plain(value: Any) -> Any:

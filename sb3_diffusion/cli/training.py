@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -29,6 +29,7 @@ from sb3_diffusion.cli.shared import (
     require,
 )
 from sb3_diffusion.common.model_file import saved_class_name
+from sb3_diffusion.common.utils import check_range
 from sb3_diffusion.evaluation import evaluate
 from sb3_diffusion.evaluation.protocol import command_line
 from sb3_diffusion.plotting import BLUE, GREY, ORANGE, new_figure, save_figure
@@ -37,7 +38,15 @@ if TYPE_CHECKING:
     from sb3_diffusion.common.base_class import OfflineAlgorithm
     from sb3_diffusion.datasets import OfflineDataset
 
-DEFAULTS: dict[str, Any] = {"online": False, "steps": 100_000, "eval_every": 0, "episodes": 10, "save_every": 0, "log": []}
+DEFAULTS: dict[str, Any] = {
+    "online": False,
+    "steps": 100_000,
+    "eval_every": 0,
+    "episodes": 10,
+    "stochastic": False,
+    "save_every": 0,
+    "log": [],
+}
 """Options of ``train`` that are neither given nor known from the run that is resumed."""
 DEMO_EVALUATIONS = 8
 # Smaller networks than the default ones, for a small task on a small machine.
@@ -64,13 +73,16 @@ def demo(
     :param dataset: another dataset whose environment is known; the embedded one by default
     :param steps: gradient steps
     :param episodes: episodes of the last evaluation
-    :param seed: of training and evaluation
+    :param seed: random seed of training and evaluation
     :return: exit status
     """
     from sb3_diffusion import DTQL
     from sb3_diffusion.datasets import DEFAULT_DATASET_ID
 
     require("plots", "matplotlib", "scipy")
+    check_range("--steps", steps, 1)
+    check_range("--episodes", episodes, 1)
+    _check_unfinished(out)
     data = load_data(dataset or DEFAULT_DATASET_ID)
     if data.env_spec is None:
         raise ValueError(f"The dataset {data.name!r} does not say which environment it comes from; choose one that does.")
@@ -127,8 +139,9 @@ def train(
     device: str = "auto",
     eval_every: int | None = None,
     episodes: int | None = None,
+    stochastic: bool = False,
     save_every: int | None = None,
-    log: tuple[str, ...] = (),
+    log: tuple[Literal["csv", "json", "log", "tensorboard"], ...] = (),
 ) -> int:
     """
     Train an algorithm on a dataset, in an environment, or first on the one and then in the other.
@@ -142,24 +155,23 @@ def train(
         sb3-diffusion train --resume runs/hopper/model.zip --online --steps 250000 --out runs/hopper_online
         sb3-diffusion train --algo diffusion_ql --env Pendulum-v1 --steps 20000 --set n_diffusion_steps=10 batch_size=128
 
-    :param algo: name of the algorithm, such as dtql or diffusion_ql; dtql by default
-    :param dataset: Minari id, path of an HDF5 file in D4RL's layout, of a .npz file or .mmap folder, or D4RL name; without one
-        training is online
+    :param algo: algorithm, such as dtql or diffusion_ql; dtql by default
+    :param dataset: Minari id, D4RL name, or path of an .hdf5 (D4RL's layout), .npz or .mmap; without one, training is online
     :param env: Gymnasium id; by default the environment of the dataset
-    :param steps: timesteps in total, those before --resume included; gradient steps offline, env steps online; 100,000 by
-        default
-    :param seed: of everything random
+    :param steps: timesteps in total, with those before --resume; gradient steps offline, env steps online; 100,000 by default
+    :param seed: random seed; with --resume that of the evaluations alone
     :param out: folder for the results, ./sb3_diffusion_run by default; with --resume that of the file
     :param resume: model file to go on from; all options that are not given are those of the train.json beside it
-    :param online: step the environment although there is a dataset (fine-tuning); so does what goes on from such a run
-    :param policy: MlpPolicy, CnnPolicy or MultiInputPolicy; by default what the observations ask for
-    :param preset: published settings of a task, such as hopper-medium, in place of the defaults
-    :param set: further constructor arguments as name=value
+    :param online: step the environment although there is a dataset (fine-tuning); what is resumed from such a run does so too
+    :param policy: MlpPolicy, CnnPolicy or MultiInputPolicy; by default the one that fits the observations
+    :param preset: published settings of a task, such as hopper-medium, instead of the defaults
+    :param set: further constructor arguments as name=value, such as policy_kwargs.net_arch=[64,64] or learning_rate=lin_3e-4
     :param device: cpu, cuda, ... or auto
     :param eval_every: timesteps between evaluations on the way, which also keep best_model.zip; 0, the default, for none
     :param episodes: episodes per evaluation, 10 by default; 0 for no evaluation at the end
-    :param save_every: timesteps between checkpoints that can be resumed from; 0, the default, for none
-    :param log: formats of the log in the folder: csv, json, log or tensorboard
+    :param stochastic: evaluate with sampled actions instead of the deterministic ones, best_model.zip too
+    :param save_every: timesteps between checkpoints to resume from; 0, the default, for none
+    :param log: formats of the log in the folder
     :return: exit status
     """
     settings: dict[str, Any] = {
@@ -171,24 +183,28 @@ def train(
         "steps": steps,
         "eval_every": eval_every,
         "episodes": episodes,
+        "stochastic": stochastic or None,
         "save_every": save_every,
         "log": list(log) or None,
     }
     commands: list[str] = []
     if resume is not None:
         resume = model_path(resume)
-        if preset is not None or set:
-            raise ValueError("--preset and --set are for new models; one that is resumed has its settings in its file.")
+        if policy is not None or preset is not None or set:
+            raise ValueError("--policy, --preset and --set are for new models; one that is resumed has them in its file.")
         before = read_settings(resume)
         settings = {key: before.get(key) if value is None else value for key, value in settings.items()}
         commands = before.get("commands", [])
         settings["algo"] = settings["algo"] or saved_class_name(resume)
         out = out or resume.parent
     settings = {key: DEFAULTS.get(key) if value is None else value for key, value in settings.items()}
+    for option in ("eval_every", "episodes", "save_every"):
+        check_range(f"--{option.replace('_', '-')}", settings[option], 0)
     steps, episodes, online = settings["steps"], settings["episodes"], settings["online"]
+    deterministic = not settings["stochastic"]
     out = out or Path("sb3_diffusion_run")
-    if (out / "model.zip").exists() and (resume is None or resume != out / "model.zip"):
-        raise FileExistsError(f"{out} already holds a finished model.zip: choose another folder with --out.")
+    if resume != out / "model.zip":
+        _check_unfinished(out)
     algorithm = find_algorithm(settings["algo"])
     data = None if settings["dataset"] is None else load_data(settings["dataset"], settings["env"])
     if data is None and settings["env"] is None:
@@ -220,7 +236,8 @@ def train(
     env_id = env_of(settings["env"], data)
     if settings["eval_every"] > 0 and env_id is not None:
         eval_env = make_vec_env(env_id, max(1, min(episodes, 10)), seed=settings["seed"])
-        callbacks.append(_evaluations(eval_env, max(1, episodes), settings["eval_every"], out, model.num_timesteps))
+        curve = _evaluations(eval_env, max(1, episodes), settings["eval_every"], out, model.num_timesteps, deterministic)
+        callbacks.append(curve)
     if settings["save_every"] > 0:
         callbacks.append(_Checkpoints(settings["save_every"], out, with_replay_buffer=offline is False))
     model.learn(steps - model.num_timesteps, callback=callbacks, reset_num_timesteps=False, progress_bar=True, offline=offline)
@@ -232,9 +249,17 @@ def train(
     model.save(out / "model")
     print(f"Model: {out / 'model.zip'}")
     if episodes > 0 and env_id is not None:
-        result = evaluate(model, env_id, episodes, seed=settings["seed"], dataset=data, progress_bar=True)
+        result = evaluate(
+            model, env_id, episodes, deterministic=deterministic, seed=settings["seed"], dataset=data, progress_bar=True
+        )
         print_comparison(data, result, f"{algorithm.__name__} after {model.num_timesteps} steps")
     return SUCCESS
+
+
+def _check_unfinished(out: Path) -> None:
+    """:raises FileExistsError: if the folder holds a model that would be overwritten"""
+    if (out / "model.zip").exists():
+        raise FileExistsError(f"{out} already holds a finished model.zip: choose another folder with --out.")
 
 
 def _replay_file(model_file: Path) -> Path:
@@ -267,17 +292,23 @@ class _Checkpoints(BaseCallback):
         return True
 
 
-def _evaluations(eval_env: VecEnv, episodes: int, every: int, out: Path, start: int) -> EvalCallback:
+def _evaluations(eval_env: VecEnv, episodes: int, every: int, out: Path, start: int, deterministic: bool) -> EvalCallback:
     """
     :param eval_env: to evaluate in
     :param episodes: per evaluation
     :param every: timesteps between evaluations
     :param out: folder of ``evaluations.npz`` and ``best_model.zip``
     :param start: timesteps that the model has; evaluations up to there are kept
+    :param deterministic: passed to ``predict``
     :return: SB3's callback, which goes on where an interrupted run stopped
     """
     callback = EvalCallback(
-        eval_env, n_eval_episodes=episodes, eval_freq=every, log_path=str(out), best_model_save_path=str(out)
+        eval_env,
+        n_eval_episodes=episodes,
+        eval_freq=every,
+        log_path=str(out),
+        best_model_save_path=str(out),
+        deterministic=deterministic,
     )
     callback.n_calls = start
     earlier = out / "evaluations.npz"

@@ -10,7 +10,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.policies import Actor, ActorCriticPolicy, QCritic, n_rows
-from sb3_diffusion.common.utils import check_bound, check_choice, check_range
+from sb3_diffusion.common.utils import check_bound, check_choice, check_integer, check_range
 
 MIN_Q_SCALE = 1e-3
 """Smallest number that action values are divided by."""
@@ -52,8 +52,8 @@ class ActorCriticAlgorithm(OfflineAlgorithm):
         max_grad_norm: float | None,
         **kwargs: Any,
     ) -> None:
-        check_range("n_imitation_steps", n_imitation_steps, 0)
-        check_range("n_action_samples", n_action_samples, 1)
+        check_integer("n_imitation_steps", n_imitation_steps, 0)
+        check_integer("n_action_samples", n_action_samples, 1)
         check_choice("candidate_choice", candidate_choice, ("softmax", "argmax"))
         check_range("ema_decay", ema_decay, 0.0, 1.0)
         check_range("exploration_noise", exploration_noise, 0.0)

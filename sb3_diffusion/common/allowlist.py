@@ -76,9 +76,7 @@ class MissingObjectError(FileFormatError):
     def __init__(self, missing: "list[MissingObject]") -> None:
         self.missing = missing
         listing = ", ".join(f"{name} (at {slot!r})" for slot, name in missing)
-        example = ", ".join(
-            f"{slot!r}: {simple_name(name)}{'(...)' if slot_name(slot) in INSTANCE_BASES else ''}" for slot, name in missing
-        )
+        example = ", ".join(f"{slot!r}: {_given_back(slot, name)}" for slot, name in missing)
         super().__init__(
             f"The file names objects without holding them, because a file brings no code of its own: {listing}. "
             f"Pass them to the loading call: custom_objects={{{example}}}."
@@ -97,6 +95,14 @@ def path_of(obj: Any) -> str:
 
 def simple_name(name: str) -> str:
     return re.split(r"[.:]", name)[-1]
+
+
+def _given_back(slot: str, name: str) -> str:
+    """:return: Python for the object that belongs there, ``...`` for what has no name"""
+    python = simple_name(name)
+    if not python.isidentifier():
+        return "..."
+    return f"{python}(...)" if slot_name(slot) in INSTANCE_BASES else python
 
 
 def register_value_class(cls: type[T]) -> type[T]:

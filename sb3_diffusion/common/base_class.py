@@ -26,12 +26,12 @@ from stable_baselines3.common.utils import configure_logger, should_collect_more
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer, concat_samples
+from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer, TrajectoryReplayBuffer, concat_samples
 from sb3_diffusion.common.compilation import COMPILE_CHOICES, PRECISIONS, autocast
 from sb3_diffusion.common.distributed import n_processes, own_rows, own_share, process_rank, take_from_first
 from sb3_diffusion.common.policies import DiffusionPolicy
 from sb3_diffusion.common.savable import made_env
-from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.common.utils import check_choice, check_integer, check_range
 from sb3_diffusion.common.vec_normalize import fit_vec_normalize, is_unused
 from sb3_diffusion.common.watched import WatchedAlgorithm
 from sb3_diffusion.datasets import (
@@ -85,6 +85,23 @@ def _vec_env_of(dataset: OfflineDataset, n_envs: int = 1) -> VecEnv:
     return env if dataset.n_stack == 1 else VecFrameStack(env, dataset.n_stack)
 
 
+class ActionSpaceError(ValueError, AssertionError):
+    """An action space that no method can act in: a wrong value, for which SB3's algorithms raise an `AssertionError`."""
+
+
+def _check_action_space(algorithm: str, action_space: spaces.Space) -> None:
+    """
+    :param algorithm: its name
+    :param action_space: of the environment
+    :raises ActionSpaceError: unless it is a Box with finite bounds
+    """
+    if not isinstance(action_space, spaces.Box) or not np.isfinite([action_space.low, action_space.high]).all():
+        raise ActionSpaceError(
+            f"{algorithm} acts in Box action spaces with finite bounds: got {action_space}. Wrap the environment so that it "
+            "takes such actions."
+        )
+
+
 class OfflineAlgorithm(WatchedAlgorithm):
     r"""
     Base of all algorithms of this package: SB3's off-policy algorithm that also learns from logged data.
@@ -122,7 +139,8 @@ class OfflineAlgorithm(WatchedAlgorithm):
     :param reward_transform: None, ``"normalize"``, ``"iql_locomotion"``, ``"iql_antmaze"``, ``"cql_antmaze"`` or
         ``"antmaze"``; fitted to the dataset where it needs statistics and applied to all rewards that are learned from
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
-        means yes, unless the environment is a ``VecNormalize`` that does it
+        means yes, unless the environment is a ``VecNormalize`` that does it. Without data they stay as they are, unless an
+        algorithm says otherwise: wrap the environment in ``VecNormalize``
     :param policy_kwargs: arguments of the policy
     :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
     :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
@@ -173,13 +191,13 @@ class OfflineAlgorithm(WatchedAlgorithm):
         seed: int | None = None,
         device: th.device | str = "auto",
     ) -> None:
-        check_range("batch_size", batch_size, 1)
-        check_range("buffer_size", buffer_size, 1)
-        check_range("n_steps", n_steps, 1)
+        check_integer("batch_size", batch_size, 1)
+        check_integer("buffer_size", buffer_size, 1)
+        check_integer("n_steps", n_steps, 1)
         check_range("gamma", gamma, 0.0, 1.0)
         check_range("tau", tau, 0.0, 1.0)
         check_range("offline_fraction", offline_fraction, 0.0, 1.0)
-        check_range("n_pretrain_steps", n_pretrain_steps, 0)
+        check_integer("n_pretrain_steps", n_pretrain_steps, 0)
         check_choice("reward_transform", reward_transform, (None, "normalize", "iql_locomotion", *REWARD_TRANSFORMS))
         if n_steps > 1 and gamma == 1.0 and reward_transform not in (None, "iql_locomotion"):
             raise ValueError(
@@ -188,8 +206,11 @@ class OfflineAlgorithm(WatchedAlgorithm):
             )
         check_choice("compile", compile, COMPILE_CHOICES)
         check_choice("precision", precision, PRECISIONS)
+        if policy_kwargs is not None and not isinstance(policy_kwargs, Mapping):
+            raise TypeError(f"`policy_kwargs` must be a dict of arguments of the policy: got {policy_kwargs!r}.")
         if env is not None:
             env = made_env(env, verbose)
+            _check_action_space(type(self).__name__, env.action_space)
             if dataset is None:
                 data = find_dataset(env)
             else:
@@ -237,6 +258,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
         self.dataset_buffer: EpisodeReplayBuffer | None = None
         self._offline = data is not None  # where batches come from
         self._online_start = 0  # num_timesteps at which the running online phase began
+        self._rollout_steps = self._rollout_episodes = 0  # of a rollout that a callback stopped
         self._n_pretrain_updates = 0
         self._pretrain_timesteps = 0  # how many of num_timesteps were pretraining
 
@@ -335,6 +357,11 @@ class OfflineAlgorithm(WatchedAlgorithm):
 
     def _make_replay_buffer(self) -> ReplayBuffer:
         buffer_class = self.replay_buffer_class = self.replay_buffer_class or self.buffer_class
+        if issubclass(buffer_class, TrajectoryReplayBuffer) and not issubclass(self.buffer_class, TrajectoryReplayBuffer):
+            raise ValueError(
+                f"{type(self).__name__} learns from transitions: got `replay_buffer_class={buffer_class.__name__}`, which "
+                f"samples windows; take {self.buffer_class.__name__}, or leave it out."
+            )
         kwargs = dict(self.replay_buffer_kwargs)
         if issubclass(buffer_class, EpisodeReplayBuffer):
             kwargs = {**self._buffer_arguments(), **kwargs}
@@ -458,8 +485,22 @@ class OfflineAlgorithm(WatchedAlgorithm):
             n_offline = batch_size if from_dataset else round(self.offline_fraction * batch_size)
         sources = (self.dataset_buffer, n_offline), (self.replay_buffer, batch_size - n_offline)
         parts = [buffer.sample(n, env=self._vec_normalize_env) for buffer, n in sources if buffer is not None and n > 0]
-        self._last_batch = parts[0] if len(parts) == 1 else concat_samples(*parts)
+        self._last_batch = parts[0] if len(parts) == 1 else self._joined(*parts)
         return self._last_batch
+
+    def _joined(self, logged: Batch, own: Batch) -> Batch:
+        """
+        One batch of both. Of a replay buffer of another class it has the fields that logged data have too; where one part
+        is of single steps and the other of n-step returns, each row keeps its discount.
+        """
+        if set(logged._fields) <= set(own._fields):
+            own = type(logged)(**{name: getattr(own, name) for name in logged._fields})
+        parts = [logged, own]
+        single_steps = [getattr(part, "discounts", None) is None for part in parts]
+        if any(single_steps) and not all(single_steps):
+            i = single_steps.index(True)
+            parts[i] = parts[i]._replace(discounts=th.full_like(parts[i].rewards, self.gamma))
+        return concat_samples(*parts)
 
     def _buffer_holds(self, batch_size: int) -> bool:
         buffer = self.replay_buffer
@@ -596,6 +637,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
         if env_is_reset and isinstance(self.replay_buffer, EpisodeReplayBuffer):
             self.replay_buffer.truncate_last_trajectory()
         if reset_num_timesteps or self._online_start < 0:
+            self._rollout_steps = self._rollout_episodes = 0
             self._online_start = self.num_timesteps
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             if self.lr_schedule(self._current_progress_remaining) == 0.0:
@@ -604,14 +646,13 @@ class OfflineAlgorithm(WatchedAlgorithm):
                     "nothing: leave `reset_num_timesteps` at True to begin the schedule anew.",
                     stacklevel=3,
                 )
-        assert isinstance(self.train_freq, TrainFreq)
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
             first_update = self._online_start + self.learning_starts
             try:
                 rollout = self.collect_rollouts(
                     self.env,
-                    train_freq=self.train_freq,
+                    train_freq=self._rest_of_rollout(),
                     action_noise=self.action_noise,
                     callback=callback,
                     learning_starts=first_update if self._n_updates == 0 else 0,
@@ -623,7 +664,9 @@ class OfflineAlgorithm(WatchedAlgorithm):
                 raise
             if not rollout.continue_training and not self._finish_step(callback.locals):
                 break
-            n_updates = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
+            n_collected = rollout.episode_timesteps + self._rollout_steps * self.n_envs
+            self._rollout_steps = self._rollout_episodes = 0
+            n_updates = self.gradient_steps if self.gradient_steps >= 0 else n_collected
             if n_updates > 0 and self.num_timesteps > first_update:
                 self.train(gradient_steps=n_updates, batch_size=own_share(self.batch_size))
             if not rollout.continue_training:
@@ -648,8 +691,19 @@ class OfflineAlgorithm(WatchedAlgorithm):
         self._episode_num += len(ended)
         if self.action_noise is not None and len(ended):
             self.action_noise.reset(**({"indices": ended} if self.n_envs > 1 else {}))
-        n_episodes = rollout["num_collected_episodes"] + len(ended)
-        return not should_collect_more_steps(rollout["train_freq"], rollout["num_collected_steps"], n_episodes)
+        n_steps, n_episodes = rollout["num_collected_steps"], rollout["num_collected_episodes"] + len(ended)
+        if not should_collect_more_steps(rollout["train_freq"], n_steps, n_episodes):
+            return True
+        self._rollout_steps += n_steps
+        self._rollout_episodes += n_episodes
+        return False
+
+    def _rest_of_rollout(self) -> TrainFreq:
+        """What is left to collect before the next updates, where a callback stopped the rollout that goes on now."""
+        assert isinstance(self.train_freq, TrainFreq)
+        in_steps = self.train_freq.unit == TrainFrequencyUnit.STEP
+        done = self._rollout_steps if in_steps else self._rollout_episodes
+        return self.train_freq._replace(frequency=max(1, self.train_freq.frequency - done))
 
     def _setup_learn_offline(
         self,

@@ -1,6 +1,6 @@
 """Networks between spaces and tensors that several algorithms share: observation normaliser, denoiser of actions, critic."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from sb3_diffusion.common.denoisers import DiscreteDenoiser, EDMDenoiser
 from sb3_diffusion.common.samplers import SAMPLERS, STOCHASTIC_SAMPLERS
 from sb3_diffusion.common.serialization import PickleFreeModule
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
-from sb3_diffusion.common.utils import check_choice, check_range, make_optimizer, move_average
+from sb3_diffusion.common.utils import check_choice, check_integer, make_optimizer, move_average
 from sb3_diffusion.datasets.arrays import column_moments
 
 SelfNetwork = TypeVar("SelfNetwork", bound="Network")
@@ -82,6 +82,29 @@ class ObservationNormalizer(nn.Module):
 
 def _subspaces(space: spaces.Space) -> dict[str, spaces.Space]:
     return dict(space.spaces) if isinstance(space, spaces.Dict) else {FLAT_KEY: space}
+
+
+def check_vectors(parts: Mapping[str, spaces.Space], model: str) -> None:
+    """
+    :param parts: spaces of observations by key
+    :param model: what the model does with them, for the message
+    :raises ValueError: if one of them is no Box, or an image
+    """
+    for key, part in parts.items():
+        if not isinstance(part, spaces.Box) or is_image_space(part):
+            raise ValueError(
+                f"{model}: observations must be a Box that is no image, or a Dict of such Boxes, got {part} for {key!r}. "
+                "DTQL, DiffusionQL and DiffSR take images and discrete observations."
+            )
+
+
+def check_image(observation_space: spaces.Space) -> None:
+    """
+    :param observation_space: given to a ``CnnPolicy``
+    :raises ValueError: if it is no image
+    """
+    if not is_image_space(observation_space):
+        raise ValueError(f"`CnnPolicy` takes images: got {observation_space}; use `MlpPolicy`.")
 
 
 class Network(PickleFreeModule, BaseModel):
@@ -262,7 +285,7 @@ class ChainActor(Actor):
         """
         check_choice("sampler", sampler, tuple(SAMPLERS))
         if n_sampling_steps is not None:
-            check_range("n_sampling_steps", n_sampling_steps, 1, self.denoiser.n_diffusion_steps)
+            check_integer("n_sampling_steps", n_sampling_steps, 1, self.denoiser.n_diffusion_steps)
         self.sampler = sampler
         self.n_sampling_steps = n_sampling_steps
         if isinstance(self.averaged, ChainActor):
@@ -292,7 +315,8 @@ class ActionDenoiser(Network):
     :param activation_fn: activation after each of them
     :param time_embedding_dim: size of the embedding of the noise level
     :param linear_first_layer: no activation after the first hidden layer
-    :param sigma_data: standard deviation of the actions, scaled to [-1, 1]
+    :param sigma_data: scale on which the model sees the actions, scaled to [-1, 1]: their standard deviation, or the width of
+        one mode where several lie apart
     :param clip: largest absolute value of a denoised action; None for no bound
     :param kwargs: arguments of [Network][sb3_diffusion.common.policies.Network]
     """

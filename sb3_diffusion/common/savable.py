@@ -1,8 +1,10 @@
 """Files of algorithms: models and replay buffers without pickle, loaded without touching the process."""
 
 import os
+import warnings
 from collections.abc import Iterable
 from copy import deepcopy
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch as th
@@ -10,8 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.utils import check_for_correct_spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffusion.buffers import EpisodeReplayBuffer
@@ -34,6 +35,34 @@ def made_env(env: GymEnv | str, verbose: int) -> GymEnv:
     made = maybe_make_env(env, verbose)
     assert made is not None
     return made
+
+
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space, env: VecEnv, source: str) -> None:
+    """
+    SB3's ``check_for_correct_spaces``, which also says whose spaces are which.
+
+    :param observation_space: of the model
+    :param action_space: of the model
+    :param env: to compare with
+    :param source: what ``env`` comes from, for the message
+    :raises ValueError: if the spaces differ
+    """
+    compared = ("Observation", observation_space, env.observation_space), ("Action", action_space, env.action_space)
+    for kind, ours, theirs in compared:
+        if ours != theirs:
+            raise ValueError(
+                f"{kind} spaces do not match: the model has {ours}, the {source} {theirs}. Give one with the model's spaces, "
+                "or build a new model."
+            )
+
+
+def _warn_of_unknown(model: OffPolicyAlgorithm, names: Iterable[str]) -> None:
+    """Warn of names that the model does not have, which are probably misspelt."""
+    for name in names:
+        if not hasattr(model, name):
+            nearest = get_close_matches(name, vars(model), n=1)
+            meant = f"; `{nearest[0]}` may be meant" if nearest else ""
+            warnings.warn(f"{type(model).__name__} has no attribute `{name}` to change{meant}.", stacklevel=3)
 
 
 class SavableAlgorithm(OffPolicyAlgorithm):
@@ -60,10 +89,12 @@ class SavableAlgorithm(OffPolicyAlgorithm):
 
         :param env: Gymnasium env, VecEnv or id
         :param force_reset: reset it before the next rollout
+        :raises ValueError: if its spaces are others
         """
         wrapped = self._wrap_env(made_env(env, self.verbose), self.verbose)
         if self.env is None and self._vec_normalize_env is not None:
             wrapped = wrap_vec_normalize(wrapped, vec_normalize_state(self._vec_normalize_env))
+        check_spaces(self.observation_space, self.action_space, wrapped, "environment")
         super().set_env(wrapped, force_reset)
 
     def _excluded_save_params(self) -> list[str]:
@@ -120,7 +151,7 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :param print_system_info: print the versions of the libraries now and then
         :param force_reset: reset the environment before the next rollout
         :param dataset: logged data to attach, see [load_dataset][sb3_diffusion.load_dataset]
-        :param kwargs: attributes to change
+        :param kwargs: attributes to change; a name that the model does not have is set too, with a warning
         :return: the model
         :raises FileFormatError: if the file is damaged, foreign, of a newer schema or of another class, or does not describe a
             model
@@ -138,19 +169,21 @@ class SavableAlgorithm(OffPolicyAlgorithm):
             dataset = load_dataset_for(dataset, data["observation_space"], data["action_space"])
         if env is not None:
             env = cls._wrap_env(made_env(env, data["verbose"]), data["verbose"])
-            check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+            check_spaces(data["observation_space"], data["action_space"], env, "environment")
             if file.vec_normalize is not None:
                 env = wrap_vec_normalize(env, file.vec_normalize)
         with process_randomness_kept():
             model = cls(data["policy_class"], env, device=device, dataset=dataset, _init_setup_model=False)  # type: ignore[call-arg,arg-type]
             if model.env is not None:
-                check_for_correct_spaces(model.env, data["observation_space"], data["action_space"])
+                source = "dataset" if env is None else "environment"
+                check_spaces(data["observation_space"], data["action_space"], model.env, source)
                 data["n_envs"] = model.env.num_envs
                 if force_reset:
                     data["_last_obs"] = None
             if file.vec_normalize is not None and model._vec_normalize_env is None:
                 model._carry_vec_normalize(file.vec_normalize, data["observation_space"], data["action_space"])
             vars(model).update(data)
+            _warn_of_unknown(model, kwargs)
             vars(model).update(kwargs)
             sampled_from = deepcopy(model.action_space)
             with described_by():

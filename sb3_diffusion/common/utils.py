@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,19 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
     """
     if not low <= value <= high:
         raise ValueError(f"`{name}` must lie in [{low}, {high}]: got {value}.")
+
+
+def check_integer(name: str, value: int, low: int, high: float = float("inf")) -> None:
+    """
+    :param name: name of an argument that counts something
+    :param value: its value, of Python or NumPy
+    :param low: smallest value allowed
+    :param high: largest value allowed
+    :raises ValueError: if the value is no integer, or lies outside
+    """
+    if not isinstance(value, Integral):
+        raise ValueError(f"`{name}` must be an integer in [{low}, {high}]: got {value!r}.")
+    check_range(name, value, low, high)
 
 
 def check_bound(name: str, value: float | None) -> None:

@@ -286,7 +286,7 @@ def _with_time_limit(dataset: OfflineDataset, kwargs: dict[str, Any]) -> dict[st
     limit = int(lengths.max())
     warn(
         f"No episode of {dataset.name!r} terminates and the time limit of {spec.id} is {spec.max_episode_steps}: episodes "
-        f"are cut after {limit} steps, as in the data. Pass max_episode_steps= to choose.",
+        f"are cut after {limit} steps, as in the data. To choose, give the model `make_env(dataset, max_episode_steps=...)`.",
         stacklevel=3,
     )
     return {**kwargs, "max_episode_steps": limit}

@@ -29,13 +29,31 @@ from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX, load_memo
 from sb3_diffusion.datasets.minari_dataset import load_minari, minari_root, open_minari
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 from sb3_diffusion.datasets.replay_buffer import from_replay_buffer
-from sb3_diffusion.datasets.scripted import EMBEDDED_DATASETS, embedded_dataset
+from sb3_diffusion.datasets.scripted import DEFAULT_DATASET_ID, EMBEDDED_DATASETS, NAMESPACE, embedded_dataset
 from sb3_diffusion.datasets.spaces import flatten_observation_space, space_mismatch
 
 _REQUIRED_KEYS = {"observations", "actions", "rewards", "terminals"}
 _OPTIONAL_KEYS = {"timeouts", "next_observations"}
-_READERS: dict[str, Callable[..., OfflineDataset]] = {ARRAYS_SUFFIX: load_arrays, MEMORY_MAPPED_SUFFIX: load_memory_mapped}
-"""By suffix; a file with another one is taken for HDF5."""
+_SYNONYMS = {"terminations": "terminals", "truncations": "timeouts"}
+"""Gymnasium's names of what D4RL calls otherwise."""
+
+
+def _load_memory_mapped(folder: Path, *, ask_environment: AskEnvironment | None, **given: Any) -> OfflineDataset:
+    """
+    :param folder: ends in ``.mmap``
+    :param ask_environment: not asked, since the folder tells all itself
+    :param given: the other arguments of ``load_memory_mapped``
+    :return: the flat dataset
+    """
+    return load_memory_mapped(folder, **given)
+
+
+_READERS: dict[str, Callable[..., OfflineDataset]] = {
+    **dict.fromkeys(HDF5_SUFFIXES, load_d4rl),
+    ARRAYS_SUFFIX: load_arrays,
+    MEMORY_MAPPED_SUFFIX: _load_memory_mapped,
+}
+"""By suffix of the file."""
 
 
 def load_dataset(
@@ -62,14 +80,14 @@ def load_dataset(
     | replay buffer of Stable-Baselines3 | `model.replay_buffer` |
     | `OfflineDataset` | returned as it is |
 
-    :param source: one of the above
+    :param source: one of the above; the flags in a dict may have Gymnasium's names, `terminations` and `truncations`
     :param env_spec: environment of the data (a Gymnasium spec or id) where the source does not tell, or another one
     :param observation_space: space of the observations where the source does not tell; checked against the data
     :param action_space: space of the actions, a Box, where the source does not tell; checked against the data
     :param clip_actions: clip actions outside of the action space instead of refusing them
     :return: the flat dataset
     :raises FileNotFoundError: if an id, name or file is not there; says where it was looked for and how to get it
-    :raises ValueError: on bad data, naming field, episode and step, or if given spaces do not fit
+    :raises ValueError: on bad data, naming field, episode and step, if given spaces do not fit, or for a file of another kind
     :raises TypeError: for another kind of source, discrete actions, or observations that are not supported
     :raises ImportError: if minari or h5py is needed and missing; names the extra to install
     """
@@ -134,14 +152,19 @@ def _load(
     if isinstance(source, str | PathLike):
         file = _file(source)
         if file is not None:
-            reader = _READERS.get(file.suffix, load_d4rl)
+            reader = _READERS.get(file.suffix.lower())
+            if reader is None:
+                raise ValueError(
+                    f"Expected {', '.join(_READERS)}: got {str(file)!r}. Give other data as a dict of arrays. A replay buffer "
+                    "is loaded by its model, `model.load_replay_buffer(path)`, and given as `model.replay_buffer`."
+                )
             return reader(
                 file,
                 env_spec=spec,
                 observation_space=observation_space,
                 action_space=action_space,
                 clip_actions=clip_actions,
-                **({} if reader is load_memory_mapped else {"ask_environment": ask_environment}),  # which tells all itself
+                ask_environment=ask_environment,
             )
     if _is_replay_buffer(source):
         dataset = from_replay_buffer(source)
@@ -169,12 +192,18 @@ def open_minari_source(source: Any) -> Any:
         return embedded_dataset(source)
     if _file(source) is not None:
         return None
-    if "/" not in source and not (minari_root() / source).is_dir():
-        raise FileNotFoundError(
-            f"No dataset {source!r}: no Minari dataset of that id in {minari_root()}, no D4RL file of that name in "
-            f"{d4rl_folder()} (set D4RL_DATASET_DIR), no such file. Minari datasets can be downloaded with "
-            f"`minari download {source}`, `minari list remote` shows the ids."
-        )
+    if not (minari_root() / source).is_dir():
+        if source in gym.registry:
+            raise FileNotFoundError(
+                f"{source!r} is the id of an environment: expected that of a dataset, such as {DEFAULT_DATASET_ID!r}."
+            )
+        if source.startswith(f"{NAMESPACE}/"):
+            raise FileNotFoundError(f"No embedded dataset {source!r}: there are {', '.join(EMBEDDED_DATASETS)}.")
+        if "/" not in source:
+            raise FileNotFoundError(
+                f"No dataset {source!r}: no Minari dataset of that id in {minari_root()}, no D4RL file of that name in "
+                f"{d4rl_folder()} (set D4RL_DATASET_DIR), no such file."
+            )
     return open_minari(source)
 
 
@@ -184,7 +213,7 @@ def _file(source: str | PathLike[str]) -> Path | None:
     :return: the file that it means, or None if it must be a Minari id
     """
     path = Path(source)
-    if path.suffix in (*HDF5_SUFFIXES, ARRAYS_SUFFIX, MEMORY_MAPPED_SUFFIX) or path.is_file():
+    if path.suffix.lower() in _READERS or path.is_file():
         return path
     if isinstance(source, str) and "/" not in source and not (minari_root() / source).is_dir():
         return find_d4rl_file(source)
@@ -221,13 +250,17 @@ def _from_mapping(
     :param ask_environment: see ``from_flat_arrays``
     :return: the flat dataset
     """
-    missing = _REQUIRED_KEYS - set(source)
+    for other, name in _SYNONYMS.items():
+        if {other, name} <= set(source):
+            raise ValueError(f"`{name}` and `{other}` are names of the same flags: got both, give one of them.")
+    named = {_SYNONYMS.get(key, key): values for key, values in source.items()}
+    arrays = {key: values for key, values in named.items() if key in _REQUIRED_KEYS | _OPTIONAL_KEYS}
+    missing = _REQUIRED_KEYS - set(arrays)
     if missing:
         raise ValueError(
             f"A dict of arrays must have the keys {', '.join(sorted(_REQUIRED_KEYS))} and may have "
             f"{', '.join(sorted(_OPTIONAL_KEYS))}: {', '.join(sorted(missing))} missing, got {sorted(map(str, source))}."
         )
-    arrays = {key: source[key] for key in source if key in _REQUIRED_KEYS | _OPTIONAL_KEYS}
     return from_flat_arrays(
         **arrays,
         env_spec=env_spec,

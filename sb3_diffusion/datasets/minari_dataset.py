@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 from sb3_diffusion.datasets.reference_scores import D4RL_REFERENCED_LABEL, minari_scores
 from sb3_diffusion.datasets.spaces import check_action_space, flatten_observation_space
 
+_DATASET_ID = re.compile(r"([\w-]+/)+[\w-]+-v\d+")
 MINARI_EXTRA = 'Minari datasets need the package minari: pip install "sb3-diffusion[minari]"'
 
 
@@ -45,10 +47,15 @@ def open_minari(dataset_id: str) -> Any:
 
     folder = minari_root() / dataset_id
     if not (folder / "data").is_dir():
+        if not _DATASET_ID.fullmatch(dataset_id):
+            raise FileNotFoundError(
+                f"No Minari dataset {dataset_id!r} in {minari_root()}, and no such file: ids read namespace/name-v0, "
+                "`minari list remote` shows them."
+            )
         raise FileNotFoundError(
-            f"No Minari dataset {dataset_id!r} in {minari_root()}. Download it with `minari download {dataset_id}` (ids end "
-            "in a version such as -v0; `minari list remote` shows them), or set MINARI_DATASETS_PATH to the folder that "
-            "holds it. Nothing is downloaded on its own."
+            f"No Minari dataset {dataset_id!r} in {minari_root()}. Download it with `minari download {dataset_id}` "
+            "(`minari list remote` shows the ids), or set MINARI_DATASETS_PATH to the folder that holds it. Nothing is "
+            "downloaded on its own."
         )
     try:
         _check_metadata(folder)

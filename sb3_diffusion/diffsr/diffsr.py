@@ -12,11 +12,11 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_diffusion.buffers import Batch, EpisodeReplayBuffer
+from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.distributed import average, take_from_first
-from sb3_diffusion.common.utils import check_bound, check_choice, check_range
+from sb3_diffusion.common.utils import check_bound, check_choice, check_integer, check_range
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffsr.linear import LinearFit, fit_linear
 from sb3_diffusion.diffsr.networks import (
@@ -136,7 +136,8 @@ class DiffSR(OfflineAlgorithm):
     :param feature_learning_rate: learning rate of $\psi$, $\zeta$ and the reward head; likewise
     :param max_grad_norm: largest norm of the gradient of each optimiser; None for no bound
     :param normalize_observations: normalise vector observations by statistics of the data, kept in the policy; None means yes,
-        unless the environment is a ``VecNormalize`` that does it
+        unless the environment is a ``VecNormalize`` that does it. Without data the statistics are those of the replay buffer,
+        taken anew whenever it has doubled
     :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
     :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
@@ -233,7 +234,7 @@ class DiffSR(OfflineAlgorithm):
             policy_delay=policy_delay,
             target_update_interval=target_update_interval,
         ).items():
-            check_range(name, value, 1)
+            check_integer(name, value, 1)
         for name, number in dict(
             reward_coef=reward_coef,
             decorrelation_coef=decorrelation_coef,
@@ -372,7 +373,7 @@ class DiffSR(OfflineAlgorithm):
 
     def _sample_single_steps(self, batch_size: int) -> Batch:
         """Transitions of one step each, also where ``n_steps`` is larger."""
-        buffers = [b for b in (self.dataset_buffer, self.replay_buffer) if isinstance(b, EpisodeReplayBuffer)]
+        buffers: list[Any] = [b for b in (self.dataset_buffer, self.replay_buffer) if hasattr(b, "n_steps")]
         lengths = [buffer.n_steps for buffer in buffers]
         for buffer in buffers:
             buffer.n_steps = 1
@@ -416,7 +417,7 @@ class DiffSR(OfflineAlgorithm):
 
     def _train_features(self, batch: Batch) -> None:
         """One step on the features, Algorithm 1."""
-        transitions = batch if self.n_steps == 1 else self._sample_single_steps(len(batch.rewards))
+        transitions = batch if batch.discounts is None else self._sample_single_steps(len(batch.rewards))
         n = len(transitions.rewards)
         level = self._draw_integers(self.n_diffusion_steps, n)
         noise = self._draw_normal(n, self.critic.diffused_dim)

@@ -16,7 +16,7 @@ from sb3_diffusion.buffers import EpisodeReplayBuffer, TrajectoryReplayBuffer, T
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import CompiledInference, accelerated, autocast
 from sb3_diffusion.common.distributed import average, take_from_first
-from sb3_diffusion.common.utils import check_bound, check_choice, check_range, warmed_up_decay
+from sb3_diffusion.common.utils import check_bound, check_choice, check_integer, check_range, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffuser.policies import (
     CnnPolicy,
@@ -56,11 +56,11 @@ def _check_planning(
     tracker: Any,
 ) -> None:
     """Raise if settings of ``PLANNING`` do not fit, for plans of ``n_steps`` env steps."""
-    check_range("n_candidates", n_candidates, 1)
+    check_integer("n_candidates", n_candidates, 1)
     check_choice("guidance_scaling", guidance_scaling, ("variance", "std", None))
-    check_range("n_guidance_steps", n_guidance_steps, 0)
-    check_range("t_stopgrad", t_stopgrad, 0)
-    check_range("n_action_steps", n_action_steps, 1, n_steps)
+    check_integer("n_guidance_steps", n_guidance_steps, 0)
+    check_integer("t_stopgrad", t_stopgrad, 0)
+    check_integer("n_action_steps", n_action_steps, 1, n_steps)
     check_range("warm_start", warm_start, 0.0, 1.0)
     if tracker is not None and not callable(tracker):
         raise ValueError(f"`tracker` must be callable, for instance a PDTracker: got {tracker!r}.")
@@ -149,7 +149,8 @@ class Diffuser(OfflineAlgorithm):
     :param ema_interval: updates between two moves of the averages
     :param max_grad_norm: largest norm of the gradient of each network; None for no bound
     :param normalize_observations: normalise observations in the policy; None means yes, unless the environment is a
-        ``VecNormalize`` that does it. Actions are normalised in any case.
+        ``VecNormalize`` that does it. Actions are normalised in any case. The statistics are frozen: those of the data,
+        without data of what the replay buffer holds at the first update
     :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
     :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
@@ -248,13 +249,13 @@ class Diffuser(OfflineAlgorithm):
             n_candidates = 64 if train_value else 1
         if guidance_scale is None:
             guidance_scale = 0.1 if train_value and not goal_conditioned else 0.0
-        check_range("horizon", horizon, 1)
-        check_range("stride", stride, 1)
-        check_range("n_diffusion_steps", n_diffusion_steps, 1)
+        check_integer("horizon", horizon, 1)
+        check_integer("stride", stride, 1)
+        check_integer("n_diffusion_steps", n_diffusion_steps, 1)
         check_range("action_weight", action_weight, 0.0)
         check_range("loss_discount", loss_discount, 0.0)
-        check_range("ema_start", ema_start, 0)
-        check_range("ema_interval", ema_interval, 1)
+        check_integer("ema_start", ema_start, 0)
+        check_integer("ema_interval", ema_interval, 1)
         check_bound("max_grad_norm", max_grad_norm)
         if replay_buffer_class is not None and not issubclass(replay_buffer_class, TrajectoryReplayBuffer):
             raise ValueError(
@@ -543,7 +544,7 @@ class Diffuser(OfflineAlgorithm):
         :raises ValueError: if there is a goal and no place for it, or the other way round, or no value to choose by
         """
         n_candidates = self.n_candidates if n_candidates is None else n_candidates
-        check_range("n_candidates", n_candidates, 1)
+        check_integer("n_candidates", n_candidates, 1)
         if n_candidates > 1 and self.value is None:
             raise ValueError(
                 f"Choosing among {n_candidates} plans needs a value: this model was built with `train_value=False`."

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
-from sb3_diffusion.common.policies import ChainActor, DiffusionPolicy, Network, n_rows
+from sb3_diffusion.common.policies import ChainActor, DiffusionPolicy, Network, check_image, n_rows
 from sb3_diffusion.common.samplers import SAMPLERS, Guide, steps_between
 from sb3_diffusion.common.schedules import noise_schedule_betas
 from sb3_diffusion.common.utils import check_choice
@@ -715,5 +715,12 @@ def _next_seeds(seeds: np.ndarray) -> np.ndarray:
 
 
 MlpPolicy = DiffuserPolicy
-CnnPolicy = DiffuserPolicy  # refuses images, and says so
 MultiInputPolicy = DiffuserPolicy
+
+
+class CnnPolicy(DiffuserPolicy):
+    """For images, which Diffuser refuses."""
+
+    def __init__(self, observation_space: spaces.Space, *args: Any, **kwargs: Any) -> None:
+        check_image(observation_space)
+        super().__init__(observation_space, *args, **kwargs)

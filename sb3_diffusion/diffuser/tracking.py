@@ -1,5 +1,6 @@
 """Feedback control along planned states, in the place of planned actions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,9 +40,17 @@ class PDTracker:
         :param planned_next_observations: where it should be at the next step, likewise
         :param planned_actions: shape ``(n, action_dim)``; only its shape and type are used
         :return: actions in env units, same shape; not clipped
+        :raises ValueError: if ``positions`` and ``velocities`` do not fit the observation or the action
         """
         if isinstance(observations, dict):
             observations, planned_next_observations = observations[self.key], planned_next_observations[self.key]
         error = np.asarray(planned_next_observations) - np.asarray(observations)
+        n_actions, size = math.prod(planned_actions.shape[1:]), error.shape[1]
+        inside = all(-size <= index < size for index in (*self.positions, *self.velocities))
+        if not inside or not len(self.positions) == len(self.velocities) == n_actions:
+            raise ValueError(
+                f"`positions` and `velocities` must hold {n_actions} indices each, one per action dimension, below the size "
+                f"of the observation, {size}: got {self.positions} and {self.velocities}."
+            )
         actions = self.kp * error[:, self.positions] + self.kd * error[:, self.velocities]
         return actions.astype(planned_actions.dtype).reshape(planned_actions.shape)

@@ -5,12 +5,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_diffusion.common.compilation import CompiledInference
-from sb3_diffusion.common.policies import FLAT_KEY
+from sb3_diffusion.common.policies import FLAT_KEY, check_vectors
 from sb3_diffusion.common.utils import check_choice
 from sb3_diffusion.datasets.arrays import column_moments
 
@@ -46,12 +46,7 @@ class WindowLayout:
         self.has_goal_key = goal_conditioned and {GOAL_KEY, ACHIEVED_KEY} <= parts.keys()
         if self.has_goal_key:
             del parts[GOAL_KEY]
-        for key, part in parts.items():
-            if not isinstance(part, spaces.Box) or is_image_space(part):
-                raise ValueError(
-                    f"Diffuser plans over vectors: observations must be a Box that is no image, or a Dict of such Boxes, got "
-                    f"{part} for {key!r}. DTQL and DiffusionQL learn from images."
-                )
+        check_vectors(parts, "Diffuser plans over vectors")
         self.shapes: dict[str, tuple[int, ...]] = {key: part.shape or () for key, part in parts.items()}
         self.sizes = {key: int(np.prod(shape)) for key, shape in self.shapes.items()}
         self.single_action_dim = get_action_dim(action_space)

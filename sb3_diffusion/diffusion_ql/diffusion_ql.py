@@ -13,7 +13,7 @@ from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.distributed import average
-from sb3_diffusion.common.utils import check_choice, check_range, warmed_up_decay
+from sb3_diffusion.common.utils import check_choice, check_integer, check_range, warmed_up_decay
 from sb3_diffusion.diffusion_ql.policies import (
     CnnPolicy,
     DiffusionActor,
@@ -104,7 +104,8 @@ class DiffusionQL(ActorCriticAlgorithm):
     :param exploration_noise: standard deviation of the normal noise on actions, scaled to [-1, 1], while collecting
         transitions; ``action_noise`` replaces it
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
-        means yes, unless the environment is a ``VecNormalize`` that does it
+        means yes, unless the environment is a ``VecNormalize`` that does it. Without data they stay as they are: wrap the
+        environment in ``VecNormalize``
     :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
     :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over
@@ -186,10 +187,10 @@ class DiffusionQL(ActorCriticAlgorithm):
         check_range("bc_coef", bc_coef, 0.0)
         check_range("online_bc_coef", online_bc_coef, 0.0)
         check_choice("q_normalization", q_normalization, ("cross_critic", "data", None))
-        check_range("n_backup_actions", n_backup_actions, 1)
-        check_range("n_diffusion_steps", n_diffusion_steps, 1)
-        check_range("ema_start", ema_start, 0)
-        check_range("ema_interval", ema_interval, 1)
+        check_integer("n_backup_actions", n_backup_actions, 1)
+        check_integer("n_diffusion_steps", n_diffusion_steps, 1)
+        check_integer("ema_start", ema_start, 0)
+        check_integer("ema_interval", ema_interval, 1)
         super().__init__(
             policy,
             env,

@@ -100,7 +100,8 @@ class DTQL(ActorCriticAlgorithm):
         the action values
     :param critic_learning_rate: learning rate of critics and state value; a float or a function of the remaining progress,
         None for ``learning_rate``
-    :param sigma_data: standard deviation of the actions scaled to [-1, 1]
+    :param sigma_data: scale on which the trust region sees the actions, scaled to [-1, 1], and the median of the noise levels:
+        about the width of one mode, not the spread of all actions
     :param sigma_min: smallest noise level
     :param sigma_max: largest noise level
     :param n_action_samples: candidates per observation when acting
@@ -112,7 +113,8 @@ class DTQL(ActorCriticAlgorithm):
         transitions; ``action_noise`` replaces it
     :param max_grad_norm: largest norm of the gradient of each network; None for no bound
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
-        means yes, unless the environment is a ``VecNormalize`` that does it
+        means yes, unless the environment is a ``VecNormalize`` that does it. Without data they stay as they are: wrap the
+        environment in ``VecNormalize``
     :param compile: run the losses compiled by ``torch.compile``; ``"cuda_graphs"`` also replays them as CUDA graphs on a GPU
     :param precision: of losses and actions, ``"float32"`` or ``"bfloat16"`` (matrix products by autocast, weights in float32)
     :param stats_window_size: number of episodes that logged returns are averaged over

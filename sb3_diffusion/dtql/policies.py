@@ -101,7 +101,7 @@ class ImplicitActor(Actor):
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation after each of them
     :param time_embedding_dim: size of the embedding of the noise level
-    :param sigma_data: standard deviation of the actions, scaled to [-1, 1]
+    :param sigma_data: that of the behaviour model
     :param average: act with a moving average of the weights
     :param kwargs: arguments of [Network][sb3_diffusion.common.policies.Network]
     """
@@ -202,7 +202,8 @@ class DTQLPolicy(ActorCriticPolicy):
     :param time_embedding_dim: size of the embedding of the noise level
     :param actor_type: ``"gaussian"`` or ``"implicit"``
     :param fake_behavior: add the diffusion model of the actor's own actions, which KL distillation needs
-    :param sigma_data: standard deviation of the actions, scaled to [-1, 1]
+    :param sigma_data: scale on which the diffusion model sees the actions, scaled to [-1, 1]: about the width of one mode, not
+        the spread of all actions
     :param clip_denoised: bound the denoised actions to [-1, 1]
     :param n_action_samples: number of candidates drawn per observation when acting
     :param candidate_choice: ``"softmax"`` draws one of several candidates by the softmax of target values, ``"argmax"`` takes

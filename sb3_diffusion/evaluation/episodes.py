@@ -70,7 +70,7 @@ class EvaluationResult:
         [bootstrap_interval][sb3_diffusion.evaluation.bootstrap_interval] over the scores of several runs.
 
         :param level: coverage, between 0 and 1
-        :param statistic: ``"iqm"``, ``"mean"`` or ``"median"``
+        :param statistic: ``"iqm"``, ``"mean"``, ``"median"`` or, of normalised scores, ``"optimality_gap"``
         :param normalized: of the normalised scores (percent) instead of the returns
         :param seed: of the resampling
         :return: lower and upper end; both NaN with fewer than two episodes

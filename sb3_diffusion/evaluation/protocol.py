@@ -73,6 +73,7 @@ def run(
     n_evaluations: int = 10,
     n_eval_episodes: int = 10,
     evaluate_first: bool = False,
+    deterministic: bool = True,
     learn_kwargs: dict[str, Any] | None = None,
     replay_buffer: bool = False,
     dataset: Any = None,
@@ -98,15 +99,18 @@ def run(
     :param n_evaluations: at equal distances, the last one at the end
     :param n_eval_episodes: episodes per evaluation
     :param evaluate_first: evaluate before the first step too
+    :param deterministic: passed to ``predict``
     :param learn_kwargs: further arguments of ``learn``, such as ``offline=False``
     :param replay_buffer: keep the replay buffer with the checkpoint, as online runs need it
-    :param dataset: reference scores and behaviour; the model's own dataset by default
+    :param dataset: reference scores and behaviour; the model's own dataset by default, whose name does not tell runs apart
     :param about: makes further entries of the record from the trained model
     :param workdir: folder of the checkpoints, one folder below it per run
     :param callback: of SB3, called before the evaluations; when it stops the training, the run is kept as it is
     :param progress_bar: show one per run
     :param quiet: print nothing
     :return: the record of the run, or None if ``callback`` stopped it
+    :raises ValueError: if a count is out of range, or ``workdir`` holds a run of this name and seed with another length, other
+        evaluations, in another environment or on another dataset
     """
     if n_evaluations < 1 or total_timesteps < n_evaluations:
         raise ValueError(
@@ -124,14 +128,15 @@ def run(
         "total_timesteps": total_timesteps,
         "n_evaluations": n_evaluations,
         "n_eval_episodes": n_eval_episodes,
+        "deterministic": deterministic,
+        "dataset": None if dataset is None else dataset.name,
+        "env": _env_id(env),
     }
     progress: dict[str, Any] = {}
     if checkpoint.is_file() and progress_file.is_file():
         progress = json.loads(progress_file.read_text(encoding="utf-8"))
-        if progress["protocol"] != protocol:
-            raise ValueError(
-                f"{folder} belongs to a run with {progress['protocol']}, not with {protocol}: remove it to start again."
-            )
+        if other := _difference(progress["protocol"], protocol):
+            raise ValueError(f"{folder} belongs to a run with {other}: choose another folder (--out), or remove this one.")
         if progress["finished"]:
             tell(f"{name}, seed {seed}: finished before")
             return merge(result_file, name, seed, progress["record"])
@@ -160,7 +165,7 @@ def run(
 
     def measure() -> None:
         episodes_seed = 1_000_000 * (seed + 1) + 1_000 * len(progress["evaluations"])
-        result = evaluate(model, env, n_eval_episodes, seed=episodes_seed, dataset=dataset)
+        result = evaluate(model, env, n_eval_episodes, deterministic=deterministic, seed=episodes_seed, dataset=dataset)
         progress["evaluations"].append({"timestep": int(model.num_timesteps), **result.to_dict()})
         scores = result.normalized_scores
         score = "" if scores is None else f", normalised {np.mean(scores):.1f}"
@@ -200,6 +205,7 @@ def run(
         "name": name,
         "seed": seed,
         **protocol,
+        "dataset": None if data is None else data.name,
         "start": start,
         "evaluations": progress["evaluations"],
         "behavior": behavior(data),
@@ -305,19 +311,44 @@ def merge(result_file: Path, name: str, seed: int, record: dict[str, Any]) -> di
     return record
 
 
-def describe(result_file: Path, title: str, text: str = "") -> None:
+def describe(result_file: Path, title: str, text: str = "", task: dict[str, Any] | None = None) -> None:
     """
     Give a result file of runs its headline and text in the tables.
 
     :param result_file: JSON file, made if it is not there
     :param title: headline
     :param text: what was done, in Markdown
+    :param task: ``dataset`` and ``env`` of all its runs, by name; None if they may differ
+    :raises ValueError: if the file holds runs of another task
     """
     with _lock(result_file):
         content: dict[str, Any] = {"kind": "runs", "title": title, "text": text, "runs": {}}
         if result_file.is_file():
             content = {**json.loads(result_file.read_text(encoding="utf-8")), "title": title, "text": text}
+        if task is not None:
+            if other := _difference(_task(content), task):
+                raise ValueError(f"{result_file} belongs to a benchmark with {other}: choose another folder (--out).")
+            content["task"] = task
         write_json(result_file, content)
+
+
+def _task(content: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param content: of a result file
+    :return: what its runs are on; where it does not say so, at least their dataset, if they have one
+    """
+    behaviors = [record["behavior"] for record in content["runs"].values() if record["behavior"] is not None]
+    return content.get("task", {"dataset": behaviors[0]["dataset"]} if behaviors else {})
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """:return: which entries of ``before`` are others now, as text; empty if there are none"""
+    return ", ".join(f"{key} {value} (here {now[key]})" for key, value in before.items() if value != now[key])
+
+
+def _env_id(env: EvaluationEnv) -> str | None:
+    """:return: id of the environment, or None if it has none"""
+    return env if isinstance(env, str) else getattr(getattr(env, "spec", env), "id", None)
 
 
 def write_json(path: Path, content: Any) -> None:

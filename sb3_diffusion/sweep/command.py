@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sb3_diffusion.sweep.arguments import read_values
 from sb3_diffusion.sweep.results import RESULTS_FILE, TABLE_FILE
 from sb3_diffusion.sweep.running import resume_sweep, run_sweep
-from sb3_diffusion.sweep.settings import SweepSettings, parse_params
+from sb3_diffusion.sweep.settings import SweepSettings
 
 SUCCESS, TRIALS_FAILED, INTERRUPTED = 0, 1, 130
 
@@ -45,24 +46,24 @@ def sweep(
         sb3-diffusion sweep runs/search --resume
 
     :param out: folder for the results
-    :param algo: names of algorithms; dtql by default
-    :param dataset: Minari ids, HDF5 files in D4RL's layout or D4RL names; without one training is online
+    :param algo: algorithms, such as dtql or diffusion_ql; dtql by default
+    :param dataset: Minari ids, D4RL names, or paths of .hdf5 (D4RL's layout), .npz or .mmap; without one, training is online
     :param env: Gymnasium id, also as module:id; by default the environment of each dataset
     :param seeds: number of seeds, from 0 on
     :param steps: timesteps of each run; gradient steps offline, env steps online
-    :param params: hyperparameters as name=value,value,...; values are Python, such as policy_kwargs.net_arch=[64,64]
-    :param samples: let Optuna choose so many settings for each algorithm and dataset, instead of a grid
+    :param params: hyperparameters as name=value,value,...; values are Python literals, such as policy_kwargs.net_arch=[64,64]
+    :param samples: let Optuna choose this many settings for each algorithm and dataset, instead of a grid
     :param evaluations: evaluations during a run, each of which keeps a checkpoint
     :param episodes: episodes per evaluation
     :param early_stopping: stop runs that are behind others of the same algorithm and dataset (ASHA)
     :param workers: runs at once; by default as many as the CPUs allow
     :param cpus: CPUs per run
-    :param gpus: GPUs per run, also a share of one
+    :param gpus: GPUs per run; may be a share of one
     :param retries: how often a run that died goes on from its last checkpoint
     :param device: cpu, cuda, ... or auto
-    :param storage: folder or URI for checkpoints that all machines of a cluster see; by default out
-    :param address: of a Ray cluster, such as auto; without one Ray is started on this machine
-    :param resume: go on with the sweep in out; other options than the address are those that it was started with
+    :param storage: folder or URI for checkpoints that all machines of a cluster see; by default the results' folder
+    :param address: address of a Ray cluster, such as auto; without one, Ray is started on this machine
+    :param resume: go on with the sweep in the folder, with the options that it was started with; only --address counts
     :return: exit status
     """
     if resume:
@@ -74,7 +75,7 @@ def sweep(
             env=env,
             seeds=range(seeds),
             steps=steps,
-            params=parse_params(params or []),
+            params=read_values(params or []),
             samples=samples,
             evaluations=evaluations,
             episodes=episodes,

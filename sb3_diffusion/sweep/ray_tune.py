@@ -26,9 +26,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_diffusion import ALGORITHMS, OfflineAlgorithm, search_spaces
 from sb3_diffusion.common.utils import policy_alias
 from sb3_diffusion.evaluation import evaluate
+from sb3_diffusion.sweep.arguments import with_changes
 from sb3_diffusion.sweep.results import SweepResults
 from sb3_diffusion.sweep.running import source_of
 from sb3_diffusion.sweep.settings import SweepSettings
+from sb3_diffusion.zoo.presets import parse_schedules
 
 RAY_FOLDER = "trials"
 REDUCTION_FACTOR = 3  # of early stopping: the best third goes on
@@ -179,10 +181,7 @@ def constructor_arguments(algorithm: type[OfflineAlgorithm], trial: Mapping[str,
     arguments = {} if preset is None else dict(algorithm.preset(preset))
     arguments.pop("default_total_timesteps", None)
     arguments.update(search_spaces.to_arguments(trial.get("search", {})))
-    for name, value in params.items():
-        outer, _, inner = name.partition(".")
-        arguments[outer] = {**arguments.get(outer, {}), inner: value} if inner else value
-    return arguments
+    return parse_schedules(with_changes(arguments, params))
 
 
 class _Report(BaseCallback):

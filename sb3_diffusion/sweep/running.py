@@ -12,6 +12,7 @@ import gymnasium as gym
 
 from sb3_diffusion.datasets import OfflineDataset, load_dataset
 from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX
+from sb3_diffusion.sweep.arguments import algorithm_name
 from sb3_diffusion.sweep.results import SweepResults
 from sb3_diffusion.sweep.settings import SweepSettings
 
@@ -81,10 +82,11 @@ def _ray_tune() -> ModuleType:
 
 
 def _plain(settings: SweepSettings) -> SweepSettings:
-    """With lists, for JSON, and with full paths, as the trials have other working directories."""
+    """With lists, for JSON, names as in ``ALGORITHMS``, and full paths, as the trials have other working directories."""
+    algos = [algorithm_name(algo) for algo in settings.algos]
     datasets = [d if d is None or not _is_path(d) else str(Path(d).resolve()) for d in settings.datasets]
     params = {name: list(values) for name, values in settings.params.items()}
-    return replace(settings, algos=list(settings.algos), datasets=datasets, seeds=list(settings.seeds), params=params)
+    return replace(settings, algos=algos, datasets=datasets, seeds=list(settings.seeds), params=params)
 
 
 def _is_path(dataset: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from typing import Any
 
 from sb3_diffusion import ALGORITHMS
 from sb3_diffusion.common.utils import check_range
+from sb3_diffusion.sweep.arguments import algorithm_name, check_names
+from sb3_diffusion.zoo.presets import parse_schedules
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,14 @@ class SweepSettings:
     each algorithm and dataset, whose hyperparameters Optuna chooses, a study for each pair; the seeds go round, so that
     a good setting is not one that a single seed liked. Confirm what it found by a grid over seeds.
 
-    :param algos: names of algorithms, keys of ``ALGORITHMS``
+    :param algos: names of algorithms, in any spelling
     :param datasets: sources of data (Minari ids, HDF5 files, D4RL names); None for learning online
     :param env: Gymnasium id, also as ``"module:id"``; by default the environment of each dataset
     :param seeds: seeds of the runs
     :param steps: timesteps of each run: gradient steps offline, env steps online
     :param params: values of constructor arguments by name; ``policy_kwargs.net_arch`` means an entry of ``policy_kwargs``,
-        ``preset`` published settings by name. With ``samples`` one value each, which is then not searched
+        ``preset`` published settings by name; learning rates may be ``"lin_3e-4"`` or ``"cosine_3e-4"``. With ``samples`` one
+        value each, which is then not searched
     :param samples: trials of the search for each algorithm and dataset; 0 for a grid
     :param evaluations: evaluations, and checkpoints, during a run, at equal distances
     :param episodes: episodes of each evaluation
@@ -62,8 +64,11 @@ class SweepSettings:
     def check(self) -> None:
         """:raises ValueError: if a setting is out of range, or cannot go with another"""
         for algo in self.algos:
-            if algo not in ALGORITHMS:
-                raise ValueError(f"There is no algorithm {algo!r}; there are: {', '.join(sorted(ALGORITHMS))}.")
+            algorithm = ALGORITHMS[algorithm_name(algo)]
+            check_names(algorithm, [name for name in self.params if name != "preset"])
+            for preset in self.params.get("preset", ()):
+                if preset is not None:
+                    algorithm.preset(preset)
         for name in ("algos", "datasets", "seeds"):
             if len(getattr(self, name)) == 0:
                 raise ValueError(f"`{name}` must hold at least one: got none.")
@@ -72,6 +77,9 @@ class SweepSettings:
         check_range("episodes", self.episodes, 1)
         check_range("samples", self.samples, 0)
         check_range("retries", self.retries, 0)
+        for name, values in self.params.items():
+            for value in values:
+                parse_schedules({name: value})
         several = [name for name, values in self.params.items() if len(values) != 1]
         if self.samples > 0 and several:
             raise ValueError(
@@ -86,30 +94,3 @@ class SweepSettings:
             {"algo": algo, "dataset": dataset, "seed": seed, "params": params}
             for algo, dataset, params, seed in itertools.product(self.algos, self.datasets, combinations, self.seeds)
         ]
-
-
-def parse_params(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """
-    Read hyperparameters as the command line gives them.
-
-    :param texts: ``name=value,value,...``; values are Python literals, or else plain text
-    :return: values by name
-    :raises ValueError: if a text has no name, or a name comes twice
-    """
-    params: dict[str, list[Any]] = {}
-    for text in texts:
-        name, _, values = text.partition("=")
-        if not name.replace(".", "_").isidentifier() or not values or name in params:
-            raise ValueError(f"Hyperparameters are written as name=value,value,... and each name once: got {text!r}.")
-        try:
-            params[name] = list(ast.literal_eval(f"[{values}]"))
-        except (ValueError, SyntaxError):
-            params[name] = [_literal(value) for value in values.split(",")]
-    return params
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

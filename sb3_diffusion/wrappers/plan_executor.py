@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from sb3_diffusion.common.utils import check_choice, check_range
+from sb3_diffusion.common.utils import check_choice, check_integer, check_range
 from sb3_diffusion.plotting import BLUE, ORANGE
 
 MODES = ("follow", "residual", "goal")
@@ -124,9 +124,10 @@ class PlanExecutor:
             raise TypeError(f"`model` must have a method `plan(observations, goal=None)`: got {type(model).__name__}.")
         if not isinstance(action_space, spaces.Box):
             raise TypeError(f"Plans hold actions of a Box: got an env with the action space {action_space}.")
+        _check_model_spaces(model, observation_space, action_space)
         check_choice("mode", mode, MODES)
         check_range("deviation_coef", deviation_coef, 0.0)
-        check_range("n_action_steps", n_action_steps, 1)
+        check_integer("n_action_steps", n_action_steps, 1)
         if getattr(model, "horizon", None) is not None:
             _check_length(n_action_steps, model.horizon * getattr(model, "stride", 1))
         if goal is not None and mode == "goal":
@@ -360,6 +361,23 @@ def _observation_shapes(space: spaces.Space) -> dict[str | None, tuple[int, ...]
     if any(part.shape is None for part in parts.values()):
         raise TypeError(f"Observations must be arrays, or a Dict of arrays that is not nested: got the space {space}.")
     return {key: tuple(part.shape or ()) for key, part in parts.items()}
+
+
+def _check_model_spaces(model: Any, observation_space: spaces.Space, action_space: spaces.Box) -> None:
+    """
+    :param model: the planner, which may know its spaces
+    :param observation_space: of the env
+    :param action_space: of the env
+    :raises ValueError: if the shapes are others
+    """
+    known = getattr(model, "observation_space", None)
+    if isinstance(known, spaces.Space):
+        ours, theirs = _observation_shapes(known), _observation_shapes(observation_space)
+        if ours != {key: shape for key, shape in theirs.items() if key != GOAL_KEY or key in ours}:
+            raise ValueError(f"The env must show what the model plans from, {known}: got {observation_space}.")
+    known = getattr(model, "action_space", None)
+    if isinstance(known, spaces.Box) and math.prod(known.shape) != math.prod(action_space.shape):
+        raise ValueError(f"The env must take the actions that the model plans, {known}: got {action_space}.")
 
 
 def _find_goal_space(goal_space: spaces.Box | None, model: Any, observation_space: spaces.Space) -> spaces.Box:

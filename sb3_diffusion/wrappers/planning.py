@@ -77,7 +77,8 @@ class PlanningWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     :param render_dims: one or two dimensions of the observation that the inset shows; those of a Dict are counted through
         its keys in the order of the space, without ``desired_goal``. None for no inset
     :raises TypeError: if the model has no ``plan``, or the spaces are of other kinds
-    :raises ValueError: on arguments out of range, ``n_action_steps`` above the model's ``horizon``, or no space for goals
+    :raises ValueError: on arguments out of range, ``n_action_steps`` above the model's ``horizon``, shapes of the env that are
+        not the model's, or no space for goals
     """
 
     def __init__(
@@ -192,7 +193,8 @@ class VecPlanningWrapper(VecEnvWrapper):
     :param overlay: draws the plan in a frame in place of the inset
     :param render_dims: one or two dimensions of the observation that the inset shows; None for no inset
     :raises TypeError: if the model has no ``plan``, or the spaces are of other kinds
-    :raises ValueError: on arguments out of range, ``n_action_steps`` above the model's ``horizon``, or no space for goals
+    :raises ValueError: on arguments out of range, ``n_action_steps`` above the model's ``horizon``, shapes of the env that are
+        not the model's, or no space for goals
     """
 
     def __init__(
