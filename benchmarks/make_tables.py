@@ -237,8 +237,8 @@ def profiles_section(contents: list[dict[str, Any]], docs: Path) -> list[str]:
                 headline(title, "comparison"),
                 "",
                 f"{names}: last scores of the runs in the sections below, of methods with two runs or more on each task, as "
-                "many seeds of each as all tasks have; brackets are 95 % bootstrap intervals, stratified by task. The optimality "
-                "gap is what is missing to 100 on average.",
+                "many seeds of each as all tasks have; brackets are 95 % bootstrap intervals, stratified by task. The "
+                "optimality gap is what is missing to 100 on average.",
                 "",
                 *markdown_table(["", "seeds", "interquartile mean", "mean", "median", "optimality gap"], rows),
                 "",
