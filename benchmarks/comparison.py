@@ -49,6 +49,7 @@ class Method(NamedTuple):
 
 # As many updates with a learning rate above 0 as the presets have in their 50,000
 DIFFUSION_QL: dict[str, Any] = dict(learning_rate=LinearSchedule(3e-4, 0.0, 0.625))
+BELLMAN_DIFFUSION: dict[str, Any] = dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))
 METHODS = {
     "BehaviorCloning": Method("bc"),
     "TD3BC": Method("td3_bc"),
@@ -57,7 +58,8 @@ METHODS = {
     "DiffusionQL, 2 sampling steps": Method("diffusion_ql", "locomotion", dict(DIFFUSION_QL, n_sampling_steps=2)),
     "DiffSR": Method("diffsr", "small"),
     "DiffSR, rates that end": Method("diffsr", "locomotion"),
-    "BellmanDiffusion": Method("bellman_diffusion", "locomotion", dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))),
+    "BellmanDiffusion": Method("bellman_diffusion", "locomotion", BELLMAN_DIFFUSION),
+    "BellmanDiffusion, temperature 3": Method("bellman_diffusion", "locomotion", dict(BELLMAN_DIFFUSION, temperature=3.0)),
     "Diffuser": Method(
         "diffuser",
         None,
