@@ -83,18 +83,21 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
     ),
 }
 TEXT = (
-    f"{N_UPDATES:,} gradient steps, {N_EVALUATIONS} evaluations of {N_EPISODES} episodes each, deterministic actions. One "
-    "setting per method (`benchmarks/comparison.py`): presets `locomotion` with learning rates that fall over as many updates "
-    "as in their 50,000, DiffusionQL with all five steps of its chain and with two, DiffSR with this preset (rates that end) "
-    "and with `small`, whose rates are constant, Diffuser with a U-Net of three levels, horizon 8, unguided, every action "
-    "from a new plan of two DDIM steps. Published runs take 1,000,000 updates or more. Steps / s and times are of "
-    "machines of two kinds at other work too, and of runs with and without `--compile`: for speed see the tables of their own."
+    f"{N_UPDATES:,} gradient steps, {N_EVALUATIONS} evaluations of {N_EPISODES} episodes each, deterministic actions. Each "
+    "method has one setting for all data (`benchmarks/comparison.py`), and some have a second one for comparison. DTQL, "
+    "DiffusionQL, BellmanDiffusion and DiffSR (*rates that end*) have their presets `locomotion`, with learning rates that "
+    "fall to 0 over 20,000 updates (DiffusionQL 12,500). DiffSR without that addition is the preset `small`, with constant "
+    "rates. Diffuser has a U-Net of three levels, horizon 8, no guidance, and makes a new plan of two DDIM steps for every "
+    "action. Published runs take 1,000,000 updates or more. Steps / s and times come from machines of several kinds that did "
+    "other work too, and from runs with and without `--compile`: the tables on speed are the ones to quote."
 )
 MORE: dict[str, str] = {
-    "hopper-medium-expert": " DTQL's trust region weighs 4 here: against Hopper medium as much more as in the published runs.",
+    "hopper-medium-expert": (
+        " DTQL's trust region weighs 4 here instead of 1: the published settings differ by that factor from Hopper medium's."
+    ),
     "pointmaze-umaze": (
-        " Returns are goals reached in 1,000 steps. Diffuser is told the goal, plans 128 steps by the whole chain, and "
-        "follows each plan to its end by PD control; its actions / s are plans / s, of which it needs one in 127 steps."
+        " Returns are goals reached in 1,000 steps. Diffuser is given the goal, plans 128 steps by the whole chain, and "
+        "follows each plan to its end by PD control; its actions / s are plans / s, and it needs one plan in 127 steps."
     ),
 }
 
