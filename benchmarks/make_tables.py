@@ -213,13 +213,13 @@ def profiles_section(contents: list[dict[str, Any]], docs: Path) -> list[str]:
     tasks = [
         runs_by_name(content) for content in contents if content["runs"] and all(map(is_normalized, content["runs"].values()))
     ]
+    tasks = whole_tables(tasks)
     if len(tasks) < 2:
         return []
     methods: dict[str, np.ndarray] = {}
-    for name in sorted(set.intersection(*(set(groups) for groups in tasks))):
+    for name in sorted(set.intersection(*map(repeated, tasks))):
         n_runs = min(len(groups[name]) for groups in tasks)
-        if n_runs > 1:
-            methods[name] = np.array([[scores(run)[-1].mean() for run in groups[name][:n_runs]] for groups in tasks]).T
+        methods[name] = np.array([[scores(run)[-1].mean() for run in groups[name][:n_runs]] for groups in tasks]).T
     if len(methods) < 2:
         return []
     title, picture = "All methods over the tasks", "assets/comparison_profiles.svg"
@@ -237,8 +237,8 @@ def profiles_section(contents: list[dict[str, Any]], docs: Path) -> list[str]:
                 headline(title, "comparison"),
                 "",
                 f"{names}: last scores of the runs in the sections below, of methods with two runs or more on each task, as "
-                "many seeds of each as all tasks have; brackets are 95 % bootstrap intervals, stratified by task. The "
-                "optimality gap is what is missing to 100 on average.",
+                "many seeds of each as all tasks have; a task whose table lacks some of them is left out. Brackets are 95 % "
+                "bootstrap intervals, stratified by task. The optimality gap is what is missing to 100 on average.",
                 "",
                 *markdown_table(["", "seeds", "interquartile mean", "mean", "median", "optimality gap"], rows),
                 "",
@@ -250,6 +250,26 @@ def profiles_section(contents: list[dict[str, Any]], docs: Path) -> list[str]:
             ]
         )
     ]
+
+
+def repeated(groups: dict[str, list[dict[str, Any]]]) -> set[str]:
+    """
+    :param groups: runs of a task by name of the method
+    :return: methods with two runs or more
+    """
+    return {name for name, runs in groups.items() if len(runs) > 1}
+
+
+def whole_tables(tasks: list[dict[str, list[dict[str, Any]]]]) -> list[dict[str, list[dict[str, Any]]]]:
+    """
+    :param tasks: runs of each task by name of the method
+    :return: tasks that have every method that all the others have, twice or more: one whose table still grows is left out,
+        rather than the methods that it lacks
+    """
+    if len(tasks) < 3:
+        return tasks
+    elsewhere = [set.intersection(*(repeated(other) for other in tasks if other is not groups)) for groups in tasks]
+    return [groups for groups, names in zip(tasks, elsewhere, strict=True) if names <= repeated(groups)]
 
 
 def table_section(stem: str, content: dict[str, Any], docs: Path) -> str:

@@ -221,7 +221,7 @@ def test_tables(dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_profiles_over_tasks(dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Methods that have two runs in each of two normalised tasks are compared; others are left out."""
+    """Methods that have two runs in each of two normalised tasks are compared; others and growing tables are not."""
     record = start(dataset, tmp_path)
     (tmp_path / "results" / "pendulum.json").unlink()
     for task, shift in (("comparison_one", 0.0), ("comparison_two", 10.0)):
@@ -236,6 +236,8 @@ def test_profiles_over_tasks(dataset, tmp_path: Path, monkeypatch: pytest.Monkey
             evaluations = [{**each, "normalized_scores": [last + shift] * 2} for each in record["evaluations"]]
             copy = {**record, "name": name, "seed": seed, "evaluations": evaluations}
             harness.merge(tmp_path / "results" / f"{task}.json", name, seed, copy)
+    for name, seed in (("a", 0), ("a", 1), ("b", 0)):
+        harness.merge(tmp_path / "results" / "comparison_grows.json", name, seed, {**record, "name": name, "seed": seed})
     lines = make_page(tmp_path, monkeypatch).splitlines()
     table = lines[lines.index("### All methods over the tasks { #comparison }") :][:12]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith(("| a", "| b", "| c"))]
