@@ -216,7 +216,15 @@ def train(name: str, dataset: OfflineDataset, seed: int, options: argparse.Names
     run(
         name,
         seed,
-        lambda: build(policy="MlpPolicy", env=ENV_ID, dataset=dataset, gamma=options.gamma, seed=seed, device="cpu"),
+        lambda: build(
+            policy="MlpPolicy",
+            env=ENV_ID,
+            dataset=dataset,
+            gamma=options.gamma,
+            temperature=options.temperature,
+            seed=seed,
+            device="cpu",
+        ),
         lambda path: load(path, dataset),
         options.updates,
         ENV_ID,
@@ -286,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compared", type=int, default=1_000, help="values that are compared with returns")
     parser.add_argument("--repetitions", type=int, default=30, help="of each cost")
     parser.add_argument("--gamma", type=float, default=0.99)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the distilled actor")
     parser.add_argument("--preset", default="locomotion", help='"none" for the defaults, with a constant learning rate')
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1, help="of torch")
@@ -297,7 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cost(trained, options)
         return
     constant = options.preset == "none"
-    name = f"BellmanDiffusion, {'' if constant else f'{options.preset}, '}gamma {options.gamma:g}"
+    settings = f"gamma {options.gamma:g}, temperature {options.temperature:g}"
+    name = f"BellmanDiffusion, {'' if constant else f'{options.preset}, '}{settings}"
     describe(CURVES, f"BellmanDiffusion: {trained.name}", "Distilled actor, deterministic; nine tenths of the episodes.")
     rows: list[list[str | float | int | None]] = []
     errors: list[str] = []
@@ -325,9 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows,
         text=(
             f"{'Defaults' if constant else f'Preset `{options.preset}`'}, "
-            f"{options.updates:,} updates on nine tenths of the episodes, gamma {options.gamma:g}, "
-            f"{options.futures} futures per candidate; means with 95 % bootstrap intervals over episodes. Cloning draws "
-            "single candidates of the same model.\n\n"
+            f"{options.updates:,} updates on nine tenths of the episodes, {settings}, {options.futures} futures "
+            "per candidate; means with 95 % bootstrap intervals over episodes. Cloning draws single candidates of the same "
+            "model.\n\n"
             f"Values of {options.compared:,} logged actions of the held-out episodes against the discounted sum of the "
             f"rewards that followed. {' '.join(errors)} A return is one draw, so that even exact values have an error."
         ),

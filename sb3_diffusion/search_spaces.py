@@ -113,7 +113,7 @@ def _bellman_diffusion(trial: optuna.Trial) -> None:
     trial.suggest_categorical("net_arch", list(NET_ARCHS))
     trial.suggest_int("n_diffusion_steps", 10, 50, log=True)
     trial.suggest_categorical("level_weighting", ["uniform", "ddpm"])
-    trial.suggest_float("temperature", 0.03, 3.0, log=True)
+    trial.suggest_float("temperature", 0.1, 10.0, log=True)
     trial.suggest_float("max_weight", 10.0, 1e4, log=True)
 
 

@@ -122,7 +122,7 @@ class BellmanDiffusion(MeasureAlgorithm):
     :param policy_delay: updates of ReBRAC's critics for each one of its actor
     :param target_policy_noise: standard deviation of the noise on ReBRAC's next actions
     :param target_noise_clip: its bound
-    :param temperature: of the weights of the actor's regression, relative to the spread of advantages
+    :param temperature: of the weights of the actor's regression, relative to the spread of advantages; lower is greedier
     :param max_weight: largest weight of the actor's regression
     :param max_grad_norm: largest norm of the gradient of each network; None for no bound
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
@@ -194,7 +194,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         policy_delay: int = 2,
         target_policy_noise: float = 0.2,
         target_noise_clip: float = 0.5,
-        temperature: float = 0.3,
+        temperature: float = 1.0,
         max_weight: float = 100.0,
         max_grad_norm: float | None = None,
         normalize_observations: bool | None = None,
