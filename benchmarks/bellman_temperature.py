@@ -10,7 +10,6 @@ Needs the data of ``benchmarks/comparison.py``. Trainings resume from checkpoint
 ``benchmarks/results`` grows over several runs.
 """
 
-import argparse
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from comparison import METHODS, N_EPISODES, N_UPDATES, TASKS
+from comparison import METHODS, N_EPISODES, N_EVALUATIONS, N_UPDATES, TASKS, make_parser
 from harness import RESULTS, WORK, run, write_table
 from stable_baselines3.common.type_aliases import Schedule
 
@@ -80,7 +79,7 @@ def scores(model: SeveralActors, env_id: str, seed: int) -> dict[str, float]:
     """
     actors = {TEMPERATURES[0]: model.policy.actor}
     actors |= {temperature: getattr(model.policy, name) for name, temperature in model.policy.other_actors.items()}
-    episodes_seed = 1_000_000 * (seed + 1) + 1_000 * 4
+    episodes_seed = 1_000_000 * (seed + 1) + 1_000 * (N_EVALUATIONS - 1)
     found = {}
     for temperature, actor in actors.items():
         result = evaluate(actor, env_id, N_EPISODES, deterministic=True, seed=episodes_seed, dataset=model.dataset)
@@ -118,7 +117,7 @@ def train(task: str, dataset: OfflineDataset, seed: int, compiled: bool) -> dict
         N_UPDATES,
         env_id,
         WORK / f"bellman_temperature_{task.replace('-', '_')}.json",
-        n_evaluations=5,
+        n_evaluations=N_EVALUATIONS,
         n_eval_episodes=N_EPISODES,
         dataset=dataset,
         about=lambda model: {"scores": scores(model, env_id, seed)},
@@ -145,19 +144,16 @@ def add_row(dataset: OfflineDataset, record: dict[str, Any]) -> None:
         rows,
         text=(
             f"Normalised scores after {N_UPDATES:,} updates, {N_EPISODES} episodes each, deterministic actions; preset "
-            "`locomotion` with learning rates that fall to 0 over all updates. The actors of a row share measure and values."
+            "`locomotion` with learning rates that fall to 0 over all updates. The actors of a row share measure and values. "
+            "Each row is made by `python benchmarks/bellman_temperature.py TASK --seeds SEED --compile`; where the last one "
+            "comes from stands below."
         ),
     )
 
 
 def main() -> None:
     """Train what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=LOCOMOTION_TASKS, default=LOCOMOTION_TASKS, metavar="task")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile: pays for runs of ten minutes and more")
-    options = parser.parse_args()
+    options = make_parser(__doc__, LOCOMOTION_TASKS).parse_args()
     th.set_num_threads(options.threads)
     for seed in options.seeds:
         for task in options.tasks:

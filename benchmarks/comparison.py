@@ -89,9 +89,9 @@ TEXT = (
     "DiffusionQL, BellmanDiffusion and DiffSR (*rates that end*) have their presets `locomotion`, with learning rates that "
     "fall to 0 over 20,000 updates (DiffusionQL 12,500); rows of BellmanDiffusion with a *temperature* differ in it from the "
     "preset, which has 1. DiffSR without that addition is the preset `small`, with constant rates. Diffuser has a U-Net of "
-    "three levels, horizon 8, no guidance, and makes a new plan of two DDIM steps for every "
-    "action. Published runs take 1,000,000 updates or more. Steps / s and times come from machines of several kinds that did "
-    "other work too, and from runs with and without `--compile`: the tables on speed are the ones to quote."
+    "three levels, horizon 8, no guidance, and makes a new plan of two DDIM steps for every action. Published runs "
+    "take 1,000,000 updates or more. Steps / s and times come from machines of several kinds that did other work too, and "
+    "from runs with and without `--compile`: the tables on speed are the ones to quote."
 )
 MORE: dict[str, str] = {
     "hopper-medium-expert": (
@@ -160,14 +160,24 @@ def compare(task: str, name: str, seed: int, compiled: bool = False) -> None:
     )
 
 
-def main() -> None:
-    """Fill the cells that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=list(TASKS), default=list(TASKS), metavar="task", help=", ".join(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+def make_parser(description: str | None, tasks: list[str]) -> argparse.ArgumentParser:
+    """
+    :param description: of the script
+    :param tasks: keys of ``TASKS`` to choose from, all by default
+    :return: parser of ``tasks``, ``--seeds``, ``--threads`` and ``--compile``
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", choices=tasks, default=tasks, metavar="task", help=", ".join(tasks))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--compile", action="store_true", help="use torch.compile: pays for runs of ten minutes and more")
+    return parser
+
+
+def main() -> None:
+    """Fill the cells that the command line asks for."""
+    parser = make_parser(__doc__, list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     options = parser.parse_args()
     th.set_num_threads(options.threads)
     for seed in options.seeds:
