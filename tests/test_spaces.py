@@ -11,6 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_diffusion import OfflineDataset
+from sb3_diffusion.buffers import EpisodeReplayBuffer
 
 FLOAT32, FLOAT64 = spaces.Box(-1.0, 1.0, (2,), np.float32), spaces.Box(-1.0, 1.0, (2,), np.float64)
 OBSERVATIONS = {
@@ -78,7 +79,7 @@ def test_actions(variant: AlgoSpec, actions: str, random_dataset: Callable) -> N
 @pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 2]), spaces.MultiBinary(2)])
 def test_discrete_actions_are_refused(spec: AlgoSpec, space: spaces.Space) -> None:
     """With the error that SB3's algorithms raise, which tells what was expected."""
-    refused = rf"{spec.cls.__name__} acts in Box action spaces with finite bounds: got {type(space).__name__}"
+    refused = rf"{spec.cls.__name__} needs a Box action space with finite bounds: got {type(space).__name__}"
     with pytest.raises(AssertionError, match=refused):
         spec.make(RandomEnv(FLOAT32, space))
     with pytest.raises(AssertionError, match=r"got Discrete\(2\)"):
@@ -88,6 +89,20 @@ def test_discrete_actions_are_refused(spec: AlgoSpec, space: spaces.Space) -> No
 def test_unbounded_actions_are_refused(spec: AlgoSpec) -> None:
     with pytest.raises(AssertionError, match=r"with finite bounds: got Box\(-inf, inf"):
         spec.make(RandomEnv(FLOAT32, spaces.Box(-np.inf, np.inf, (2,), np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"), [(0.5, 0.5, np.float32), (-3e38, 3e38, np.float32), (1.0, 1.0 + 1e-12, np.float64)]
+)
+def test_actions_that_cannot_be_scaled_are_refused(
+    spec: AlgoSpec, low: float, high: float, dtype: type, random_dataset: Callable
+) -> None:
+    """A dimension without width, or with one that float32 cannot tell, would make actions that are not finite."""
+    space = spaces.Box(np.array([-1.0, low], dtype), np.array([1.0, high], dtype), dtype=dtype)
+    with pytest.raises(ValueError, match=rf"{spec.cls.__name__} scales actions .* low < high .*got Box"):
+        spec.make(RandomEnv(FLOAT32, space))
+    with pytest.raises(ValueError, match=r"logged data scales actions .* low < high"):
+        EpisodeReplayBuffer.from_dataset(random_dataset(FLOAT32, space), FLOAT32, space)
 
 
 def test_nested_observations_are_refused(spec: AlgoSpec) -> None:

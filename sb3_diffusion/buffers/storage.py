@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_diffusion.buffers.device_mirror import DeviceMirror
 from sb3_diffusion.common.distributed import own_rows
+from sb3_diffusion.common.utils import check_action_space
 
 if TYPE_CHECKING:
     from sb3_diffusion.datasets.offline_dataset import OfflineDataset
@@ -165,7 +166,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
 
         :param dataset: the data
         :param observation_space: of the environment
-        :param action_space: of the environment, a Box with finite bounds
+        :param action_space: of the environment, a Box with finite bounds, low < high
         :param device: where batches are needed
         :param n_steps: see the class
         :param gamma: see the class
@@ -863,11 +864,9 @@ def _scale_actions(actions: np.ndarray, space: spaces.Space) -> np.ndarray:
     :param space: their Box
     :return: in [-1, 1]; the array itself if it is that already
     """
-    if not isinstance(space, spaces.Box):
-        raise ValueError(f"The actions of a dataset must lie in a Box: got {space}.")
+    check_action_space("A buffer of logged data", space)
+    assert isinstance(space, spaces.Box)
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ValueError(f"The Box of the actions must have finite bounds to scale them to [-1, 1]: got {space}.")
     scaled: np.ndarray = actions.astype(np.float32, copy=False)
     if not ((low == -1).all() and (high == 1).all()):
         scaled = 2.0 * ((scaled - low) / (high - low)) - 1.0

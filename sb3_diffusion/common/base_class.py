@@ -31,7 +31,7 @@ from sb3_diffusion.common.compilation import COMPILE_CHOICES, PRECISIONS, autoca
 from sb3_diffusion.common.distributed import n_processes, own_rows, own_share, process_rank, take_from_first
 from sb3_diffusion.common.policies import DiffusionPolicy
 from sb3_diffusion.common.savable import made_env
-from sb3_diffusion.common.utils import check_choice, check_integer, check_range
+from sb3_diffusion.common.utils import check_action_space, check_choice, check_integer, check_range
 from sb3_diffusion.common.vec_normalize import fit_vec_normalize, is_unused
 from sb3_diffusion.common.watched import WatchedAlgorithm
 from sb3_diffusion.datasets import (
@@ -83,23 +83,6 @@ def _vec_env_of(dataset: OfflineDataset, n_envs: int = 1) -> VecEnv:
     """The environment of logged data, that many times; observations are stacked as in the data."""
     env = make_vec_env(lambda: make_dataset_env(dataset), n_envs)
     return env if dataset.n_stack == 1 else VecFrameStack(env, dataset.n_stack)
-
-
-class ActionSpaceError(ValueError, AssertionError):
-    """An action space that no method can act in: a wrong value, for which SB3's algorithms raise an `AssertionError`."""
-
-
-def _check_action_space(algorithm: str, action_space: spaces.Space) -> None:
-    """
-    :param algorithm: its name
-    :param action_space: of the environment
-    :raises ActionSpaceError: unless it is a Box with finite bounds
-    """
-    if not isinstance(action_space, spaces.Box) or not np.isfinite([action_space.low, action_space.high]).all():
-        raise ActionSpaceError(
-            f"{algorithm} acts in Box action spaces with finite bounds: got {action_space}. Wrap the environment so that it "
-            "takes such actions."
-        )
 
 
 class OfflineAlgorithm(WatchedAlgorithm):
@@ -210,7 +193,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
             raise TypeError(f"`policy_kwargs` must be a dict of arguments of the policy: got {policy_kwargs!r}.")
         if env is not None:
             env = made_env(env, verbose)
-            _check_action_space(type(self).__name__, env.action_space)
+            check_action_space(type(self).__name__, env.action_space)
             if dataset is None:
                 data = find_dataset(env)
             else:

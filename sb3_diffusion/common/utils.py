@@ -190,3 +190,27 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}: got {value!r}.")
+
+
+class ActionSpaceError(ValueError, AssertionError):
+    """An action space that no method can act in: a wrong value, for which SB3's algorithms raise an `AssertionError`."""
+
+
+def check_action_space(user: str, space: spaces.Space) -> None:
+    """
+    :param user: what acts in it or stores its actions, for the message
+    :param space: of the actions
+    :raises ActionSpaceError: unless it is a Box whose actions can be scaled to [-1, 1] and back, in float32
+    """
+    if not isinstance(space, spaces.Box) or not np.isfinite([space.low, space.high]).all():
+        raise ActionSpaceError(
+            f"{user} needs a Box action space with finite bounds: got {space}. Wrap the environment so that it takes such "
+            "actions."
+        )
+    with np.errstate(over="ignore"):
+        width = space.high.astype(np.float32) - space.low.astype(np.float32)
+    if not ((width > 0.0) & (width < np.inf)).all():
+        raise ActionSpaceError(
+            f"{user} scales actions to [-1, 1], so that low < high must hold in every dimension, with a difference that "
+            f"float32 can tell: got {space}. Leave out dimensions that cannot vary."
+        )
