@@ -237,7 +237,7 @@ def profiles_section(contents: list[dict[str, Any]], docs: Path) -> list[str]:
                 headline(title, "comparison"),
                 "",
                 f"{names}: last scores of the runs in the sections below, of methods with two runs or more on each task, as "
-                "many seeds of each as all tasks have; a task whose table lacks some of them is left out. Brackets are 95 % "
+                "many seeds of each as all tasks have; a task whose table lacks a method is left out. Brackets are 95 % "
                 "bootstrap intervals, stratified by task. The optimality gap is what is missing to 100 on average.",
                 "",
                 *markdown_table(["", "seeds", "interquartile mean", "mean", "median", "optimality gap"], rows),
@@ -264,12 +264,13 @@ def whole_tables(tasks: list[dict[str, list[dict[str, Any]]]]) -> list[dict[str,
     """
     :param tasks: runs of each task by name of the method
     :return: tasks that have every method that all the others have, twice or more: one whose table still grows is left out,
-        rather than the methods that it lacks
+        rather than the methods that it lacks. A second setting of a method ("DTQL, ...") does not count as one
     """
     if len(tasks) < 3:
         return tasks
-    elsewhere = [set.intersection(*(repeated(other) for other in tasks if other is not groups)) for groups in tasks]
-    return [groups for groups, names in zip(tasks, elsewhere, strict=True) if names <= repeated(groups)]
+    methods = [{name for name in repeated(groups) if ", " not in name} for groups in tasks]
+    elsewhere = [set.intersection(*methods[:i], *methods[i + 1 :]) for i in range(len(tasks))]
+    return [groups for groups, has, needed in zip(tasks, methods, elsewhere, strict=True) if needed <= has]
 
 
 def table_section(stem: str, content: dict[str, Any], docs: Path) -> str:

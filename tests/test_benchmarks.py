@@ -221,29 +221,27 @@ def test_tables(dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_profiles_over_tasks(dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Methods that have two runs in each of two normalised tasks are compared; others and growing tables are not."""
+    """
+    Methods that have two runs in each of the normalised tasks are compared; others and growing tables are not. A table
+    that lacks only a second setting of a method is whole.
+    """
     record = start(dataset, tmp_path)
     (tmp_path / "results" / "pendulum.json").unlink()
-    for task, shift in (("comparison_one", 0.0), ("comparison_two", 10.0)):
-        for name, seed, last in (
-            ("a", 0, 20.0),
-            ("a", 1, 40.0),
-            ("b", 0, 50.0),
-            ("b", 1, 70.0),
-            ("b", 2, 0.0),
-            ("c", 0, 99.0),
-        ):
+    rows = [("a", 0, 20.0), ("a", 1, 40.0), ("b", 0, 50.0), ("b", 1, 70.0), ("b", 2, 0.0), ("c", 0, 99.0)]
+    tuned = [("b, tuned", 0, 1.0), ("b, tuned", 1, 1.0)]
+    for task, shift, settings in (("one", 0.0, tuned), ("two", 10.0, tuned), ("three", 5.0, [])):
+        for name, seed, last in (*rows, *settings):
             evaluations = [{**each, "normalized_scores": [last + shift] * 2} for each in record["evaluations"]]
             copy = {**record, "name": name, "seed": seed, "evaluations": evaluations}
-            harness.merge(tmp_path / "results" / f"{task}.json", name, seed, copy)
+            harness.merge(tmp_path / "results" / f"comparison_{task}.json", name, seed, copy)
     for name, seed in (("a", 0), ("a", 1), ("b", 0)):
         harness.merge(tmp_path / "results" / "comparison_grows.json", name, seed, {**record, "name": name, "seed": seed})
     lines = make_page(tmp_path, monkeypatch).splitlines()
     table = lines[lines.index("### All methods over the tasks { #comparison }") :][:12]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith(("| a", "| b", "| c"))]
-    # The middle two of four scores, the middle four of six
+    # The middle five of nine scores, the middle four of six
     assert [row[0] for row in cells] == ["b", "a"]
-    assert cells[0][2].startswith("47.5 [") and cells[1][2].startswith("35.0 [")
+    assert cells[0][2].startswith("49.0 [") and cells[1][2].startswith("35.0 [")
     assert cells[0][1] == "3" and cells[1][1] == "2"
     assert (tmp_path / "docs" / "assets" / "comparison_profiles.svg").is_file()
 
