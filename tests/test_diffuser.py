@@ -14,7 +14,7 @@ import torch as th
 from envs import PointGoalEnv, RandomEnv
 from exact_denoisers import ChainDenoiser, ExactNetwork
 from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -462,6 +462,20 @@ def test_space_of_goals_is_the_range_of_the_data() -> None:
     space = make_model(data, goal_conditioned=True).goal_space
     np.testing.assert_allclose(space.low, data.observations.min(axis=0), rtol=1e-5)
     np.testing.assert_allclose(space.high, data.observations.max(axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, -400.0])
+def test_space_of_goals_has_width_where_the_data_have_none(value: float) -> None:
+    """An agent over the planner scales its actions to this space and back."""
+    data = make_dataset()
+    data.observations[:, 1] = data.next_observations[:, 1] = value
+    model = make_model(data, goal_conditioned=True)
+    space = model.goal_space
+    assert space.low[1] < value < space.high[1] and space.high[1] - space.low[1] <= 2.1e-3 * max(1.0, abs(value))
+    np.testing.assert_allclose(space.low[[0, 2]], data.observations.min(axis=0)[[0, 2]], rtol=1e-5)
+    env = PlanningWrapper(RandomEnv(box(OBS_DIM, 500.0), box(ACTION_DIM)), model, mode="goal")
+    action, _ = SAC("MlpPolicy", env, buffer_size=10, seed=0).predict(env.reset(seed=0)[0])
+    assert space.contains(action)
 
 
 # ---------------------------------------------------------------- losses

@@ -580,12 +580,16 @@ class Diffuser(OfflineAlgorithm):
 
     @property
     def goal_space(self) -> spaces.Box:
-        """Where goals lie: the range of the training data."""
+        """
+        Where goals lie: the range of the training data. What is constant there may move by a thousandth, as no agent can
+        scale its actions to an interval without width.
+        """
         layout, normalizer = self.actor.layout, self.actor.window_normalizer
         low, high = (
             bound[layout.goal_channels].cpu().numpy().reshape(layout.goal_shape) for bound in (normalizer.low, normalizer.high)
         )
-        return spaces.Box(low, high, dtype=np.float32)
+        margin = np.where(low == high, 1e-3 * np.maximum(1.0, np.abs(low)), 0.0)
+        return spaces.Box((low - margin).astype(np.float32), (high + margin).astype(np.float32), dtype=np.float32)
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
