@@ -45,7 +45,7 @@ tables`.
 The datasets `bench/...`, and `hopper_medium_expert-v2` in D4RL's layout, were recorded for these benchmarks by public
 policies in Gymnasium's v5 environments. They are not the sets of similar names of Farama or D4RL, and not on Minari's
 server: without them the commands stop, and on other data the numbers will differ. *Command*s name scripts as they were
-called at that commit.
+called at that commit; `-dirty` after a commit says that tracked files were changed, as a table is that grows.
 """
 GROUPS: dict[str, tuple[str, ...]] = {
     "All methods on the same data": ("comparison_",),
