@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import baselines
+import bellman_temperature
 import gymnasium as gym
 import harness
 import make_tables
@@ -16,7 +17,7 @@ import pytest
 import speed
 import torch as th
 
-from sb3_diffusion import DTQL, OfflineDataset
+from sb3_diffusion import DTQL, BellmanDiffusion, OfflineDataset
 from sb3_diffusion.evaluation import protocol
 from sb3_diffusion.evaluation.timing import count_operations, paired_timing
 
@@ -51,11 +52,6 @@ def make_model(dataset: OfflineDataset, seed: int) -> DTQL:
 
 
 def start(dataset: OfflineDataset, folder: Path, /, name: str = "DTQL", seed: int = 0, **kwargs) -> dict:
-    def make() -> DTQL:
-        return DTQL(
-            "MlpPolicy", ENV_ID, dataset=dataset, seed=seed, batch_size=8, policy_kwargs=dict(net_arch=[8]), device="cpu"
-        )
-
     arguments: dict = dict(env=ENV_ID, n_evaluations=3, n_eval_episodes=2, workdir=folder / "work") | kwargs
     return harness.run(
         name,
@@ -270,6 +266,36 @@ def test_baselines_learn_and_come_back(cls: Any, loss: str, dataset: OfflineData
     loaded = cls.load(tmp_path / "model", custom_objects={"policy_class": baselines.TD3BCPolicy})
     observations = dataset.observations[:5]
     assert np.array_equal(loaded.predict(observations)[0], model.predict(observations)[0])
+
+
+def test_actors_of_one_training_are_those_of_trainings_of_their_own(dataset: OfflineDataset, tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(
+        env=ENV_ID,
+        dataset=dataset,
+        batch_size=8,
+        seed=0,
+        device="cpu",
+        policy_kwargs=dict(net_arch=[16], time_embedding_dim=8),
+    )
+    first, *others = bellman_temperature.TEMPERATURES
+    together = bellman_temperature.SeveralActors(bellman_temperature.SeveralActorsPolicy, temperature=first, **settings).learn(
+        5
+    )
+    with pytest.warns(UserWarning, match="by name only"):
+        together.save(tmp_path / "model")
+    custom: dict[str, Any] = {"policy_class": bellman_temperature.SeveralActorsPolicy}
+    together = together.load(tmp_path / "model", env=ENV_ID, dataset=dataset, custom_objects=custom)
+    together.learn(5, reset_num_timesteps=False)
+    assert sorted(together.policy.other_actors.values()) == others
+    actors = {first: together.policy.actor}
+    actors |= {temperature: getattr(together.policy, name) for name, temperature in together.policy.other_actors.items()}
+    last: list[th.Tensor] = []
+    for temperature, actor in actors.items():
+        alone = BellmanDiffusion("MlpPolicy", temperature=temperature, **settings).learn(10)
+        weights = [*actor.parameters()]
+        assert all(map(th.equal, weights, alone.actor.parameters())), temperature
+        assert not last or not all(map(th.equal, weights, last)), "temperatures make a difference"
+        last = weights
 
 
 def test_operations_are_counted_from_sizes() -> None:
