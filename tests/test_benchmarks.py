@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import baselines
-import bellman_temperature
+import bellman_actor_weights
 import gymnasium as gym
 import harness
 import make_tables
@@ -277,25 +277,22 @@ def test_actors_of_one_training_are_those_of_trainings_of_their_own(dataset: Off
         device="cpu",
         policy_kwargs=dict(net_arch=[16], time_embedding_dim=8),
     )
-    first, *others = bellman_temperature.TEMPERATURES
-    together = bellman_temperature.SeveralActors(bellman_temperature.SeveralActorsPolicy, temperature=first, **settings).learn(
-        5
-    )
+    policy_class = bellman_actor_weights.SeveralActorsPolicy
+    first = bellman_actor_weights.WEIGHTINGS[0]
+    together = bellman_actor_weights.SeveralActors(policy_class, **first._asdict(), **settings).learn(5)
     with pytest.warns(UserWarning, match="by name only"):
         together.save(tmp_path / "model")
-    custom: dict[str, Any] = {"policy_class": bellman_temperature.SeveralActorsPolicy}
+    custom: dict[str, Any] = {"policy_class": policy_class}
     together = together.load(tmp_path / "model", env=ENV_ID, dataset=dataset, custom_objects=custom)
     together.learn(5, reset_num_timesteps=False)
-    assert sorted(together.policy.other_actors.values()) == others
-    actors = {first: together.policy.actor}
-    actors |= {temperature: getattr(together.policy, name) for name, temperature in together.policy.other_actors.items()}
-    last: list[th.Tensor] = []
-    for temperature, actor in actors.items():
-        alone = BellmanDiffusion("MlpPolicy", temperature=temperature, **settings).learn(10)
-        weights = [*actor.parameters()]
-        assert all(map(th.equal, weights, alone.actor.parameters())), temperature
-        assert not last or not all(map(th.equal, weights, last)), "temperatures make a difference"
-        last = weights
+    assert [*together.policy.actors] == bellman_actor_weights.WEIGHTINGS
+    distinct = set()
+    for weighting, actor in together.policy.actors.items():
+        alone = BellmanDiffusion("MlpPolicy", **weighting._asdict(), **settings).learn(10)
+        assert all(map(th.equal, actor.parameters(), alone.actor.parameters())), weighting
+        distinct.add(th.nn.utils.parameters_to_vector(actor.parameters()).detach().numpy().tobytes())
+    temperatures = {weighting.temperature for weighting in bellman_actor_weights.WEIGHTINGS}
+    assert len(distinct) > len(temperatures), "temperatures make a difference, and so does the smallest bound"
 
 
 def test_operations_are_counted_from_sizes() -> None:

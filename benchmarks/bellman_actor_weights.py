@@ -1,0 +1,195 @@
+"""
+How greedy the distilled actor of BellmanDiffusion should be: one training, several actors.
+
+Measure, rewards and values do not depend on the actor where the measure is that of the data's policy. One training therefore
+serves an actor for each pair of a temperature and a largest weight, all with the weights and the batches that a training of
+their own would give them.
+
+    python benchmarks/bellman_actor_weights.py hopper-medium walker2d-expert --seeds 3 4 --compile
+
+Needs the data of ``benchmarks/comparison.py``, whose seeds are others: what is chosen here is measured there. Trainings resume
+from checkpoints in ``benchmarks/work``; the table in ``benchmarks/results`` grows over several runs.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from comparison import METHODS, N_UPDATES, TASKS, make_parser
+from harness import RESULTS, WORK, run, write_table
+from stable_baselines3.common.type_aliases import Schedule
+
+from sb3_diffusion import BellmanDiffusion, OfflineDataset, load_dataset
+from sb3_diffusion.bellman_diffusion import MlpPolicy
+from sb3_diffusion.bellman_diffusion.networks import ClippedGaussianActor
+from sb3_diffusion.buffers import FutureStateSamples
+from sb3_diffusion.common.utils import policy_alias
+from sb3_diffusion.datasets import make_dataset_env
+from sb3_diffusion.evaluation import EvaluationEnv, evaluate
+
+
+class Weighting(NamedTuple):
+    """
+    Arguments of BellmanDiffusion.
+
+    :ivar temperature: of the actor
+    :ivar max_weight: largest weight of an action
+    """
+
+    temperature: float
+    max_weight: float
+
+    def __str__(self) -> str:
+        return f"{self.temperature:g}, {self.max_weight:g}"
+
+
+WEIGHTINGS = [Weighting(*pair) for pair in ((0.5, 3), (1, 2), (1, 5), (1, 20), (1, 100), (2, 5), (2, 100), (3, 100))]
+SEEDS = [3, 4]
+N_EPISODES = 20
+TABLE = RESULTS / "bellman_actor_weights.json"
+
+
+class SeveralActorsPolicy(MlpPolicy):
+    """One more actor for each weighting after the first; all begin with the same weights."""
+
+    def __init__(self, observation_space: Any, action_space: Any, lr_schedule: Schedule, *args: Any, **kwargs: Any) -> None:
+        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
+        self.other_actors: dict[str, Weighting] = {}
+        for i, weighting in enumerate(WEIGHTINGS[1:], start=1):
+            actor = deepcopy(self.actor)
+            actor.optimizer = self.make_optimizer(actor, lr_schedule(1.0))
+            self.add_module(f"actor_{i}", actor)
+            self.other_actors[f"actor_{i}"] = weighting
+
+    @property
+    def trained_networks(self) -> dict[str, Any]:
+        """All networks that have an optimiser, by name."""
+        others = {name: getattr(self, name) for name in getattr(self, "other_actors", {})}
+        return {**super().trained_networks, **others}
+
+    @property
+    def actors(self) -> dict[Weighting, ClippedGaussianActor]:
+        """All actors, by weighting."""
+        others = {weighting: getattr(self, name) for name, weighting in self.other_actors.items()}
+        return {WEIGHTINGS[0]: self.actor, **others}
+
+
+class SeveralActors(BellmanDiffusion):
+    """BellmanDiffusion that distils an actor for each weighting."""
+
+    policy: SeveralActorsPolicy
+
+    def _actor_loss(self, batch: FutureStateSamples) -> th.Tensor:
+        for name, weighting in self.policy.other_actors.items():
+            self._step(name, self._loss_of(getattr(self.policy, name), weighting, batch))
+        return self._loss_of(self.policy.actor, WEIGHTINGS[0], batch)
+
+    def _loss_of(self, actor: ClippedGaussianActor, weighting: Weighting, batch: FutureStateSamples) -> th.Tensor:
+        self.actor, (self.temperature, self.max_weight) = actor, weighting
+        try:
+            return super()._actor_loss(batch)
+        finally:
+            self.actor, (self.temperature, self.max_weight) = self.policy.actor, WEIGHTINGS[0]
+
+
+def scores(model: SeveralActors, env: EvaluationEnv, seed: int) -> dict[str, float]:
+    """
+    :param model: trained model
+    :param env: to act in
+    :param seed: of the run
+    :return: mean score of each actor, by weighting: normalised where the data have references, otherwise the return
+    """
+    found = {}
+    for weighting, actor in model.policy.actors.items():
+        result = evaluate(actor, env, N_EPISODES, deterministic=True, seed=1_000_000 * (seed + 1), dataset=model.dataset)
+        normalised = result.normalized_scores
+        found[str(weighting)] = float(np.mean(result.returns if normalised is None else normalised))
+        print(f"temperature and largest weight {weighting}: {found[str(weighting)]:.1f}", flush=True)
+    return found
+
+
+def train(task: str, dataset: OfflineDataset, seed: int, compiled: bool) -> dict[str, Any]:
+    """
+    :param task: key of ``TASKS``
+    :param dataset: to learn from
+    :param seed: of the run
+    :param compiled: run the losses by ``torch.compile``
+    :return: the record of the run, with ``scores`` by weighting
+    """
+    env_id, method = TASKS[task][1], METHODS["BellmanDiffusion"]
+    preset = method.preset
+    assert preset is not None and policy_alias(dataset.observation_space) == "MlpPolicy"
+    settings: dict[str, Any] = dict(env=env_id, dataset=dataset, device="cpu", compile=compiled)
+
+    def make_eval_env() -> gym.Env:
+        return make_dataset_env(dataset)
+
+    def make() -> SeveralActors:
+        arguments = dict(method.settings, **WEIGHTINGS[0]._asdict(), seed=seed)
+        return SeveralActors.from_preset(preset, policy=SeveralActorsPolicy, **settings, **arguments)
+
+    def load(path: Path) -> SeveralActors:
+        return SeveralActors.load(path, custom_objects={"policy_class": SeveralActorsPolicy}, **settings)
+
+    record = run(
+        "BellmanDiffusion",
+        seed,
+        make,
+        load,
+        N_UPDATES,
+        env_id or make_eval_env,
+        WORK / f"bellman_actor_weights_{task.replace('-', '_')}.json",
+        n_evaluations=2,
+        n_eval_episodes=N_EPISODES,
+        dataset=dataset,
+        about=lambda model: {"scores": scores(model, env_id or make_eval_env, seed)},
+    )
+    assert record is not None
+    return record
+
+
+def add_row(dataset: OfflineDataset, record: dict[str, Any]) -> None:
+    """
+    Put a run into the table, in the place of an earlier one on the same data with the same seed.
+
+    :param dataset: that was learned from
+    :param record: of the run
+    """
+    of_data = record["behavior"].get("normalized_mean", record["behavior"]["mean"])
+    row = [dataset.name, record["seed"], round(of_data, 1)]
+    row += [round(record["scores"][str(weighting)], 1) for weighting in WEIGHTINGS]
+    rows = json.loads(TABLE.read_text(encoding="utf-8"))["rows"] if TABLE.is_file() else []
+    rows = sorted([other for other in rows if other[:2] != row[:2]] + [row])
+    write_table(
+        TABLE,
+        "BellmanDiffusion: weights of the actor's regression",
+        ["data", "seed", "data's score", *map(str, WEIGHTINGS)],
+        rows,
+        text=(
+            f"Scores by `temperature, max_weight` after {N_UPDATES:,} updates, {N_EPISODES} episodes each, deterministic "
+            "actions: normalised, and in the maze goals in 1,000 steps. Preset `locomotion` with learning rates that fall to "
+            "0 over all updates. The actors of a row share measure and values. Each row is made by "
+            "`python benchmarks/bellman_actor_weights.py TASK --seeds SEED --compile`; where the last one comes from stands "
+            "below."
+        ),
+    )
+
+
+def main() -> None:
+    """Train what the command line asks for."""
+    parser = make_parser(__doc__, list(TASKS))
+    parser.set_defaults(seeds=SEEDS)
+    options = parser.parse_args()
+    th.set_num_threads(options.threads)
+    for seed in options.seeds:
+        for task in options.tasks:
+            dataset = load_dataset(TASKS[task][0])
+            add_row(dataset, train(task, dataset, seed, options.compile))
+
+
+if __name__ == "__main__":
+    main()
