@@ -7,8 +7,9 @@ their own would give them.
 
     python benchmarks/bellman_actor_weights.py hopper-medium walker2d-expert --seeds 3 4 --compile
 
-Needs the data of ``benchmarks/comparison.py``, whose seeds are others: what is chosen here is measured there. Trainings resume
-from checkpoints in ``benchmarks/work``; the table in ``benchmarks/results`` grows over several runs.
+Needs the data of ``benchmarks/comparison.py``, whose seeds are others: what is chosen here is measured there. The data of
+``pendulum``, of all qualities from falls to expert, come with the package. Trainings resume from checkpoints in
+``benchmarks/work``; the table in ``benchmarks/results`` grows over several runs.
 """
 
 import json
@@ -16,10 +17,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch as th
-from comparison import METHODS, N_UPDATES, TASKS, make_parser
+from comparison import METHODS, N_UPDATES, make_parser
+from comparison import TASKS as ALL_TASKS
 from harness import RESULTS, WORK, run, write_table
 from stable_baselines3.common.type_aliases import Schedule
 
@@ -27,9 +28,7 @@ from sb3_diffusion import BellmanDiffusion, OfflineDataset, load_dataset
 from sb3_diffusion.bellman_diffusion import MlpPolicy
 from sb3_diffusion.bellman_diffusion.networks import ClippedGaussianActor
 from sb3_diffusion.buffers import FutureStateSamples
-from sb3_diffusion.common.utils import policy_alias
-from sb3_diffusion.datasets import make_dataset_env
-from sb3_diffusion.evaluation import EvaluationEnv, evaluate
+from sb3_diffusion.evaluation import evaluate
 
 
 class Weighting(NamedTuple):
@@ -48,6 +47,9 @@ class Weighting(NamedTuple):
 
 
 WEIGHTINGS = [Weighting(*pair) for pair in ((0.5, 3), (1, 2), (1, 5), (1, 20), (1, 100), (2, 5), (2, 100), (3, 100))]
+TASKS = {task: ids for task, ids in ALL_TASKS.items() if ids[1] is not None}
+TASKS["pendulum"] = ("sb3-diffusion/pendulum/mixed-v0", "Pendulum-v1")
+CHANGES: dict[str, dict[str, Any]] = {"pendulum": dict(gamma=0.95, policy_kwargs=dict(net_arch=[64, 64]))}
 SEEDS = [3, 4]
 N_EPISODES = 20
 TABLE = RESULTS / "bellman_actor_weights.json"
@@ -83,12 +85,15 @@ class SeveralActors(BellmanDiffusion):
 
     policy: SeveralActorsPolicy
 
-    def _actor_loss(self, batch: FutureStateSamples) -> th.Tensor:
+    def _actor_loss(self, batch: FutureStateSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         for name, weighting in self.policy.other_actors.items():
-            self._step(name, self._loss_of(getattr(self.policy, name), weighting, batch))
+            loss, _ = self._loss_of(getattr(self.policy, name), weighting, batch)
+            self._step(name, loss)
         return self._loss_of(self.policy.actor, WEIGHTINGS[0], batch)
 
-    def _loss_of(self, actor: ClippedGaussianActor, weighting: Weighting, batch: FutureStateSamples) -> th.Tensor:
+    def _loss_of(
+        self, actor: ClippedGaussianActor, weighting: Weighting, batch: FutureStateSamples
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         self.actor, (self.temperature, self.max_weight) = actor, weighting
         try:
             return super()._actor_loss(batch)
@@ -96,18 +101,18 @@ class SeveralActors(BellmanDiffusion):
             self.actor, (self.temperature, self.max_weight) = self.policy.actor, WEIGHTINGS[0]
 
 
-def scores(model: SeveralActors, env: EvaluationEnv, seed: int) -> dict[str, float]:
+def scores(model: SeveralActors, env_id: str, seed: int) -> dict[str, float]:
     """
     :param model: trained model
-    :param env: to act in
+    :param env_id: of the environment to act in
     :param seed: of the run
-    :return: mean score of each actor, by weighting: normalised where the data have references, otherwise the return
+    :return: normalised score of each actor, by weighting
     """
     found = {}
     for weighting, actor in model.policy.actors.items():
-        result = evaluate(actor, env, N_EPISODES, deterministic=True, seed=1_000_000 * (seed + 1), dataset=model.dataset)
-        normalised = result.normalized_scores
-        found[str(weighting)] = float(np.mean(result.returns if normalised is None else normalised))
+        result = evaluate(actor, env_id, N_EPISODES, deterministic=True, seed=1_000_000 * (seed + 1), dataset=model.dataset)
+        assert result.normalized_scores is not None
+        found[str(weighting)] = float(np.mean(result.normalized_scores))
         print(f"temperature and largest weight {weighting}: {found[str(weighting)]:.1f}", flush=True)
     return found
 
@@ -122,14 +127,11 @@ def train(task: str, dataset: OfflineDataset, seed: int, compiled: bool) -> dict
     """
     env_id, method = TASKS[task][1], METHODS["BellmanDiffusion"]
     preset = method.preset
-    assert preset is not None and policy_alias(dataset.observation_space) == "MlpPolicy"
+    assert env_id is not None and preset is not None
     settings: dict[str, Any] = dict(env=env_id, dataset=dataset, device="cpu", compile=compiled)
 
-    def make_eval_env() -> gym.Env:
-        return make_dataset_env(dataset)
-
     def make() -> SeveralActors:
-        arguments = dict(method.settings, **WEIGHTINGS[0]._asdict(), seed=seed)
+        arguments = dict(method.settings, **CHANGES.get(task, {}), **WEIGHTINGS[0]._asdict(), seed=seed)
         return SeveralActors.from_preset(preset, policy=SeveralActorsPolicy, **settings, **arguments)
 
     def load(path: Path) -> SeveralActors:
@@ -141,12 +143,12 @@ def train(task: str, dataset: OfflineDataset, seed: int, compiled: bool) -> dict
         make,
         load,
         N_UPDATES,
-        env_id or make_eval_env,
+        env_id,
         WORK / f"bellman_actor_weights_{task.replace('-', '_')}.json",
         n_evaluations=2,
         n_eval_episodes=N_EPISODES,
         dataset=dataset,
-        about=lambda model: {"scores": scores(model, env_id or make_eval_env, seed)},
+        about=lambda model: {"scores": scores(model, env_id, seed)},
     )
     assert record is not None
     return record
@@ -159,8 +161,7 @@ def add_row(dataset: OfflineDataset, record: dict[str, Any]) -> None:
     :param dataset: that was learned from
     :param record: of the run
     """
-    of_data = record["behavior"].get("normalized_mean", record["behavior"]["mean"])
-    row = [dataset.name, record["seed"], round(of_data, 1)]
+    row = [dataset.name, record["seed"], round(record["behavior"]["normalized_mean"], 1)]
     row += [round(record["scores"][str(weighting)], 1) for weighting in WEIGHTINGS]
     rows = json.loads(TABLE.read_text(encoding="utf-8"))["rows"] if TABLE.is_file() else []
     rows = sorted([other for other in rows if other[:2] != row[:2]] + [row])
@@ -170,9 +171,9 @@ def add_row(dataset: OfflineDataset, record: dict[str, Any]) -> None:
         ["data", "seed", "data's score", *map(str, WEIGHTINGS)],
         rows,
         text=(
-            f"Scores by `temperature, max_weight` after {N_UPDATES:,} updates, {N_EPISODES} episodes each, deterministic "
-            "actions: normalised, and in the maze goals in 1,000 steps. Preset `locomotion` with learning rates that fall to "
-            "0 over all updates. The actors of a row share measure and values. Each row is made by "
+            f"Normalised scores by `temperature, max_weight` after {N_UPDATES:,} updates, {N_EPISODES} episodes each, "
+            "deterministic actions; preset `locomotion` with learning rates that fall to 0 over all updates (Pendulum: gamma "
+            "0.95, layers of 64). The actors of a row share measure and values. Each row is made by "
             "`python benchmarks/bellman_actor_weights.py TASK --seeds SEED --compile`; where the last one comes from stands "
             "below."
         ),

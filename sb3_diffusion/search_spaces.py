@@ -114,7 +114,7 @@ def _bellman_diffusion(trial: optuna.Trial) -> None:
     trial.suggest_int("n_diffusion_steps", 10, 50, log=True)
     trial.suggest_categorical("level_weighting", ["uniform", "ddpm"])
     trial.suggest_float("temperature", 0.1, 10.0, log=True)
-    trial.suggest_float("max_weight", 10.0, 1e4, log=True)
+    trial.suggest_float("max_weight", 1.0, 1e3, log=True)
 
 
 SEARCH_SPACES: dict[str, Callable[[optuna.Trial], None]] = {

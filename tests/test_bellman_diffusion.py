@@ -1,5 +1,6 @@
 """Bellman diffusion against measures that are known: losses at their fixed point, learned chains, rewards, values, acting."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -955,6 +956,21 @@ def test_advantages_far_below_zero(box_dataset: OfflineDataset, monkeypatch: pyt
     losses = []
     for shift in (0.0, 1e4):
         monkeypatch.setattr(model.policy.value, "forward", lambda *_, shift=shift: (advantages - shift, th.zeros(32, 1)))
-        losses.append(model._actor_loss(batch).item())
+        losses.append(model._actor_loss(batch)[0].item())
     assert np.isfinite(losses).all()
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(("max_weight", "expected"), [(100.0, (math.e + 7) ** 2 / (math.e**2 + 7)), (2.0, 9**2 / 11)])
+def test_effective_sample_size_of_the_actor(
+    max_weight: float, expected: float, box_dataset: OfflineDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One action of 8 weighs $e$ at a temperature of one standard deviation, or as much as the bound allows."""
+    arguments: dict = dict(max_weight=max_weight, policy_kwargs=dict(net_arch=[8]), seed=0, device="cpu")
+    model = BellmanDiffusion("MlpPolicy", None, dataset=box_dataset, **arguments)
+    batch = model.sample_batch(8)
+    advantages = th.tensor([[1.0]] + [[0.0]] * 7)
+    monkeypatch.setattr(model, "temperature", 1.0 / float(advantages.std(correction=0)))
+    monkeypatch.setattr(model.policy.value, "forward", lambda *_: (advantages, th.zeros(8, 1)))
+    _, parts = model._actor_loss(batch)
+    assert parts["effective_sample_size"].item() == pytest.approx(expected, rel=1e-5)

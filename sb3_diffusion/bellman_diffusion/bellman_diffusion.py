@@ -405,7 +405,7 @@ class BellmanDiffusion(MeasureAlgorithm):
                     self._train_rebrac(batch)
                 else:
                     self._step("value", self._value_loss(batch, rows, means))
-                    self._step("actor", self._actor_loss(batch))
+                    self._step("actor", *self._actor_loss(batch))
             self.measure.update_average(warmed_up_decay(1.0 - self.tau, self._n_updates + 1))
             if self.pretraining:
                 self._count_pretraining_step()
@@ -464,15 +464,18 @@ class BellmanDiffusion(MeasureAlgorithm):
         return ((q - targets).square() + (v - targets).square()).mean()
 
     @accelerated
-    def _actor_loss(self, batch: FutureStateSamples) -> th.Tensor:
+    def _actor_loss(self, batch: FutureStateSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         r"""
         $-E[\min(e^{(q(s, a) - v(s)) / \lambda}, w_{max}) \log \pi(a | s)]$ (arXiv 1910.00177, algorithm 1), the weights
         divided by their mean; while pretraining they are all 1.
+
+        :return: the loss, and the effective sample size of the weights, $(\sum w)^2 / \sum w^2$: how many actions of the
+            batch it amounts to
         """
         mean, log_std = self.actor.mean_and_log_std(batch.observations)
         nll = 0.5 * ((batch.actions - mean) / log_std.exp()).square() + log_std
         if self.pretraining:
-            return nll.mean()
+            return nll.mean(), {}
         with th.no_grad():
             q, v = self.policy.value(batch.observations, batch.actions)
             advantages = q - v
@@ -480,7 +483,8 @@ class BellmanDiffusion(MeasureAlgorithm):
             exponents = advantages / (self.temperature * scale)
             # Where all are far below 0 the largest is taken as 0, which the division undoes: no 0 / 0
             weights = (exponents - exponents.amax().clamp(max=0.0)).exp().clamp(max=self.max_weight)
-        return (weights / weights.mean() * nll).mean()
+        loss = (weights / weights.mean() * nll).mean()
+        return loss, {"effective_sample_size": weights.sum().square() / weights.square().sum()}
 
     # ---------------------------------------------------------------- the agent of version 2
 

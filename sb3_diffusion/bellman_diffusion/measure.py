@@ -1,5 +1,6 @@
 """Learning a successor measure by diffusion, and using it: samples of the future, values, off-policy evaluation."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -185,9 +186,9 @@ class MeasureAlgorithm(OfflineAlgorithm):
 
     # ---------------------------------------------------------------- an update
 
-    def _step(self, name: str, loss: th.Tensor) -> None:
-        """One step of the network of that name in the policy."""
-        self._minimize(f"{name}_loss", self.policy.trained_networks[name].optimizer, loss)
+    def _step(self, name: str, loss: th.Tensor, parts: Mapping[str, th.Tensor] | None = None) -> None:
+        """One step of the network of that name in the policy, and the loss with its ``parts`` to the log."""
+        self._minimize(f"{name}_loss", self.policy.trained_networks[name].optimizer, loss, parts)
 
     def _draw_levels(self, n: int) -> th.Tensor:
         """Sampling levels with equal probability: the same law in both losses, or their shares would not be kept."""
