@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compared", type=int, default=1_000, help="values that are compared with returns")
     parser.add_argument("--repetitions", type=int, default=30, help="of each cost")
     parser.add_argument("--gamma", type=float, default=0.99)
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the distilled actor")
+    parser.add_argument("--temperature", type=float, default=3.0, help="of the distilled actor")
     parser.add_argument("--preset", default="locomotion", help='"none" for the defaults, with a constant learning rate')
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1, help="of torch")

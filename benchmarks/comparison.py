@@ -60,7 +60,7 @@ METHODS = {
     "DiffSR, rates that end": Method("diffsr", "locomotion"),
     "BellmanDiffusion": Method("bellman_diffusion", "locomotion", BELLMAN_DIFFUSION),
     "BellmanDiffusion, temperature 0.3": Method("bellman_diffusion", "locomotion", dict(BELLMAN_DIFFUSION, temperature=0.3)),
-    "BellmanDiffusion, temperature 3": Method("bellman_diffusion", "locomotion", dict(BELLMAN_DIFFUSION, temperature=3.0)),
+    "BellmanDiffusion, temperature 1": Method("bellman_diffusion", "locomotion", dict(BELLMAN_DIFFUSION, temperature=1.0)),
     "Diffuser": Method(
         "diffuser",
         None,
@@ -88,7 +88,7 @@ TEXT = (
     "method has one setting for all data (`benchmarks/comparison.py`), and some have a second one for comparison. DTQL, "
     "DiffusionQL, BellmanDiffusion and DiffSR (*rates that end*) have their presets `locomotion`, with learning rates that "
     "fall to 0 over 20,000 updates (DiffusionQL 12,500); rows of BellmanDiffusion with a *temperature* differ in it from the "
-    "preset, which has 1. DiffSR without that addition is the preset `small`, with constant rates. Diffuser has a U-Net of "
+    "preset, which has 3. DiffSR without that addition is the preset `small`, with constant rates. Diffuser has a U-Net of "
     "three levels, horizon 8, no guidance, and makes a new plan of two DDIM steps for every action. Published runs "
     "take 1,000,000 updates or more. Steps / s and times come from machines of several kinds that did other work too, and "
     "from runs with and without `--compile`: the tables on speed are the ones to quote."

@@ -123,7 +123,7 @@ class BellmanDiffusion(MeasureAlgorithm):
     :param target_policy_noise: standard deviation of the noise on ReBRAC's next actions
     :param target_noise_clip: its bound
     :param temperature: of the weights of the actor's regression, relative to the spread of advantages; lower is greedier
-    :param max_weight: largest weight of the actor's regression
+    :param max_weight: largest weight of the actor's regression; the largest advantages are the most overrated ones
     :param max_grad_norm: largest norm of the gradient of each network; None for no bound
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
         means yes, unless the environment is a ``VecNormalize`` that does it. Without data they stay as they are: wrap the
@@ -195,7 +195,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         target_policy_noise: float = 0.2,
         target_noise_clip: float = 0.5,
         temperature: float = 1.0,
-        max_weight: float = 100.0,
+        max_weight: float = 2.0,
         max_grad_norm: float | None = None,
         normalize_observations: bool | None = None,
         compile: bool | str = False,

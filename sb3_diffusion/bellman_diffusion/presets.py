@@ -26,9 +26,14 @@ they draw conditional means instead of samples.
 
 LOCOMOTION: dict[str, Any] = dict(
     learning_rate=LinearSchedule(3e-4, 0.0, end_fraction=0.4),
+    temperature=3.0,
+    max_weight=100.0,
     default_total_timesteps=50_000,
 )
-"""Our own, as DTQL's of the same name: learning rates that end before the actor climbs values that overrate its actions."""
+"""
+Our own, as DTQL's of the same name: learning rates that end before the actor climbs values that overrate its actions, and a
+temperature for advantages that are mostly errors of the values.
+"""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": LOCOMOTION,
