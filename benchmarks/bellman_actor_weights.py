@@ -1,5 +1,5 @@
 """
-How greedy the distilled actor of BellmanDiffusion should be: one training, several actors.
+How greedy the distilled actor of BellmanDiffusion should be: one training, several actors, and what the advantages are worth.
 
 Measure, rewards and values do not depend on the actor where the measure is that of the data's policy. One training therefore
 serves an actor for each pair of a temperature and a largest weight, all with the weights and the batches that a training of
@@ -9,16 +9,18 @@ their own would give them.
 
 Needs the data of ``benchmarks/comparison.py``, whose seeds are others: what is chosen here is measured there. The data of
 ``pendulum``, of all qualities from falls to expert, come with the package. Trainings resume from checkpoints in
-``benchmarks/work``; the table in ``benchmarks/results`` grows over several runs.
+``benchmarks/work``; the tables in ``benchmarks/results`` grow over several runs.
 """
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from bellman_hopper import distilled_values, monte_carlo
 from comparison import METHODS, N_UPDATES, make_parser
 from comparison import TASKS as ALL_TASKS
 from harness import RESULTS, WORK, run, write_table
@@ -53,6 +55,9 @@ CHANGES: dict[str, dict[str, Any]] = {"pendulum": dict(gamma=0.95, policy_kwargs
 SEEDS = [3, 4]
 N_EPISODES = 20
 TABLE = RESULTS / "bellman_actor_weights.json"
+ADVANTAGES = RESULTS / "bellman_advantages.json"
+TAIL = 5
+"""Percent of the actions whose advantages are the lowest, or the highest."""
 
 
 class SeveralActorsPolicy(MlpPolicy):
@@ -117,13 +122,36 @@ def scores(model: SeveralActors, env_id: str, seed: int) -> dict[str, float]:
     return found
 
 
-def train(task: str, dataset: OfflineDataset, seed: int, compiled: bool) -> dict[str, Any]:
+def advantages_against_returns(model: SeveralActors, dataset: OfflineDataset) -> dict[str, float]:
+    """
+    What the rewards that followed an action have beyond what its state explains, beside its advantage.
+
+    :param model: trained model
+    :param dataset: that it was trained on
+    :return: ``slope`` of the first over the second, and the means of both over the lowest and the highest advantages
+    """
+    returns, whole = monte_carlo(dataset, model.gamma)
+    assert isinstance(dataset.observations, np.ndarray)
+    q, v = distilled_values(model, dataset.observations[whole], dataset.actions[whole])
+    told, ones = q - v, np.ones_like(v)
+    came = returns[whole]
+    slope = np.linalg.lstsq(np.stack([ones, v, told], axis=1), came, rcond=None)[0][2]
+    explained = np.stack([ones, v], axis=1)
+    came = came - explained @ np.linalg.lstsq(explained, came, rcond=None)[0]
+    lowest, highest = told <= np.percentile(told, TAIL), told >= np.percentile(told, 100 - TAIL)
+    result = {"slope": float(slope)}
+    for name, rows in {"lowest": lowest, "highest": highest}.items():
+        result |= {f"{name}, told": float(told[rows].mean()), f"{name}, came": float(came[rows].mean())}
+    return result
+
+
+def train(task: str, dataset: OfflineDataset, seed: int, compiled: bool) -> tuple[dict[str, Any], Callable[[], SeveralActors]]:
     """
     :param task: key of ``TASKS``
     :param dataset: to learn from
     :param seed: of the run
     :param compiled: run the losses by ``torch.compile``
-    :return: the record of the run, with ``scores`` by weighting
+    :return: the record of the run, with ``scores`` by weighting, and a function that loads the trained model
     """
     env_id, method = TASKS[task][1], METHODS["BellmanDiffusion"]
     preset = method.preset
@@ -137,6 +165,7 @@ def train(task: str, dataset: OfflineDataset, seed: int, compiled: bool) -> dict
     def load(path: Path) -> SeveralActors:
         return SeveralActors.load(path, custom_objects={"policy_class": SeveralActorsPolicy}, **settings)
 
+    results = WORK / f"bellman_actor_weights_{task.replace('-', '_')}.json"
     record = run(
         "BellmanDiffusion",
         seed,
@@ -144,27 +173,36 @@ def train(task: str, dataset: OfflineDataset, seed: int, compiled: bool) -> dict
         load,
         N_UPDATES,
         env_id,
-        WORK / f"bellman_actor_weights_{task.replace('-', '_')}.json",
+        results,
         n_evaluations=2,
         n_eval_episodes=N_EPISODES,
         dataset=dataset,
         about=lambda model: {"scores": scores(model, env_id, seed)},
     )
     assert record is not None
-    return record
+    return record, lambda: load(WORK / results.stem / f"BellmanDiffusion-seed{seed}" / "checkpoint.zip")
 
 
-def add_row(dataset: OfflineDataset, record: dict[str, Any]) -> None:
+def rows_with(table: Path, row: list[Any]) -> list[list[Any]]:
     """
-    Put a run into the table, in the place of an earlier one on the same data with the same seed.
+    :param table: file of a table
+    :param row: of a run on some data with some seed, its first entries
+    :return: the rows of the table, with this one in the place of an earlier one on the same data with the same seed
+    """
+    rows = json.loads(table.read_text(encoding="utf-8"))["rows"] if table.is_file() else []
+    return sorted([other for other in rows if other[:2] != row[:2]] + [row])
+
+
+def add_scores(dataset: OfflineDataset, record: dict[str, Any]) -> None:
+    """
+    Put the scores of a run into their table.
 
     :param dataset: that was learned from
     :param record: of the run
     """
     row = [dataset.name, record["seed"], round(record["behavior"]["normalized_mean"], 1)]
     row += [round(record["scores"][str(weighting)], 1) for weighting in WEIGHTINGS]
-    rows = json.loads(TABLE.read_text(encoding="utf-8"))["rows"] if TABLE.is_file() else []
-    rows = sorted([other for other in rows if other[:2] != row[:2]] + [row])
+    rows = rows_with(TABLE, row)
     write_table(
         TABLE,
         "BellmanDiffusion: weights of the actor's regression",
@@ -180,6 +218,32 @@ def add_row(dataset: OfflineDataset, record: dict[str, Any]) -> None:
     )
 
 
+def add_advantages(dataset: OfflineDataset, seed: int, model: SeveralActors) -> None:
+    """
+    Put the advantages of a trained model into their table.
+
+    :param dataset: that was learned from
+    :param seed: of the run
+    :param model: trained model
+    """
+    found = advantages_against_returns(model, dataset)
+    row = [dataset.name, seed, *(round(value, 2) for value in found.values())]
+    rows = rows_with(ADVANTAGES, row)
+    write_table(
+        ADVANTAGES,
+        "BellmanDiffusion: advantages of logged actions against what followed",
+        ["data", "seed", *found],
+        rows,
+        text=(
+            "Advantages that the distilled values give to the actions of the data (*told*), and the discounted rewards that "
+            "followed, less their linear regression on the value of the state (*came*), both in units of the rewards: means "
+            f"over the {TAIL} % of the actions with the lowest advantages and over the {TAIL} % with the highest. *Slope* is "
+            "the coefficient of the advantage in a regression of these rewards on both. Values without errors have slope 1, "
+            "and come as they are told. Trained as for [the actors](#bellman_actor_weights), by the same command."
+        ),
+    )
+
+
 def main() -> None:
     """Train what the command line asks for."""
     parser = make_parser(__doc__, list(TASKS))
@@ -189,7 +253,9 @@ def main() -> None:
     for seed in options.seeds:
         for task in options.tasks:
             dataset = load_dataset(TASKS[task][0])
-            add_row(dataset, train(task, dataset, seed, options.compile))
+            record, load = train(task, dataset, seed, options.compile)
+            add_scores(dataset, record)
+            add_advantages(dataset, seed, load())
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ DATA, ENV_ID = "bench/hopper/medium-v0", "Hopper-v5"
 CURVES = RESULTS / "bellman_hopper_training.json"
 HELD_OUT = 0.1
 """Share of the episodes, the last ones, that values are compared on and that nothing is trained on."""
-MONTE_CARLO_STEPS = 500
-"""Least length of a return that a truncation cuts: what is missing has weight 0.007 at a discount of 0.99."""
+CUT_WEIGHT = 0.0066
+"""Largest weight of what is missing from a return that a truncation cuts: 500 steps at a discount of 0.99."""
 SCHEMES: dict[str, dict[str, Any]] = {
     "stopped": {},
     "renoised": dict(scheme="renoised"),
@@ -98,8 +98,23 @@ def monte_carlo(dataset: OfflineDataset, gamma: float) -> tuple[np.ndarray, np.n
         total = dataset.rewards[t] + (0.0 if ends[t] else gamma * total)
         returns[t] = total
     end = dataset.episode_ends[np.searchsorted(dataset.episode_ends, np.arange(len(dataset)))]
-    whole = dataset.terminations[end] | (end - np.arange(len(dataset)) >= MONTE_CARLO_STEPS)
+    whole = dataset.terminations[end] | (gamma ** (end - np.arange(len(dataset))) <= CUT_WEIGHT)
     return returns, whole
+
+
+def distilled_values(model: BellmanDiffusion, observations: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param model: trained model
+    :param observations: shape ``(n, dim)``
+    :param actions: shape ``(n, dim)``
+    :return: its distilled values of the actions and of the states, in units of the rewards, both ``(n,)``
+    """
+    network = model.policy.value
+    scaled = th.as_tensor(model.policy.scale_action(actions), dtype=th.float32)
+    with th.no_grad():
+        q, v = network(th.as_tensor(observations, dtype=th.float32), scaled)
+    q, v = (((network.mean + network.std * told) / (1.0 - model.gamma)).squeeze(1).numpy() for told in (q, v))
+    return q, v
 
 
 def values_against_returns(model: BellmanDiffusion, held_out: OfflineDataset, n: int, n_samples: int) -> dict[str, float]:
@@ -116,11 +131,7 @@ def values_against_returns(model: BellmanDiffusion, held_out: OfflineDataset, n:
     observations, actions, exact = held_out.observations[chosen], held_out.actions[chosen], returns[chosen]
     parts = [slice(i, i + 100) for i in range(0, n, 100)]
     values = np.concatenate([model.value(observations[rows], actions[rows], n_samples=n_samples) for rows in parts])
-    with th.no_grad():
-        network = model.policy.value
-        scaled = th.as_tensor(model.policy.scale_action(actions), dtype=th.float32)
-        q, _ = network(th.as_tensor(observations, dtype=th.float32), scaled)
-        distilled = ((network.mean + network.std * q) / (1.0 - model.gamma)).squeeze(1).numpy()
+    distilled, _ = distilled_values(model, observations, actions)
     result = {"variance": float(exact.var())}
     for name, told in {"measure": values, "distilled": distilled}.items():
         result[f"{name} MSE"] = float(np.square(told - exact).mean())
