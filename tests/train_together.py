@@ -20,7 +20,16 @@ from sb3_diffusion.common.distributed import process_rank
 
 N_UPDATES = 3
 # Logged beside the losses that are minimised: of the rows of a process
-OF_EACH_PROCESS = {"target_size", "bc_loss", "q_loss", "score_loss", "reward_loss", "exploration_bonus", "ent_coef"}
+OF_EACH_PROCESS = {
+    "target_size",
+    "effective_sample_size",
+    "bc_loss",
+    "q_loss",
+    "score_loss",
+    "reward_loss",
+    "exploration_bonus",
+    "ent_coef",
+}
 
 
 def make_data() -> OfflineDataset:
