@@ -73,8 +73,9 @@ def process_state() -> tuple:
 
 
 def in_new_process(code: str, folder: Path, **environment: str) -> str:
-    """Run Python code in a new process, in ``folder``."""
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), **environment}
+    """Run Python code in a new process, in ``folder``, with as many threads as here: other ones add in another order."""
+    threads = {"OMP_NUM_THREADS": str(th.get_num_threads())}
+    environ = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), **environment}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environ, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
