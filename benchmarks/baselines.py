@@ -10,8 +10,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.buffers import Batch
-from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
+from sb3_diffusion.common.actor_critic import ActorCriticAlgorithm
 from sb3_diffusion.common.policies import Actor, ActorCriticPolicy, QCritic
+from sb3_diffusion.common.utils import MIN_SCALE
 
 NET_ARCH = [256, 256]
 
@@ -178,7 +179,7 @@ class TD3BC(ActorCriticAlgorithm):
         if self.alpha == 0.0:
             return loss
         q_values = self.critic(batch.observations, actions)[0]
-        return loss - self.alpha * q_values.mean() / q_values.detach().abs().mean().clamp(min=MIN_Q_SCALE)
+        return loss - self.alpha * q_values.mean() / q_values.detach().abs().mean().clamp(min=MIN_SCALE)
 
 
 class BehaviorCloning(TD3BC):

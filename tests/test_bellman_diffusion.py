@@ -21,6 +21,7 @@ from torch import nn
 from sb3_diffusion import BellmanDiffusion, FutureStateReplayBuffer, OfflineDataset
 from sb3_diffusion.bellman_diffusion.measure import Chain
 from sb3_diffusion.bellman_diffusion.networks import StateCoder
+from sb3_diffusion.bellman_diffusion.policies import BellmanDiffusionPolicy
 from sb3_diffusion.buffers import FutureStateSamples
 from sb3_diffusion.common.samplers import sample_ddim
 from sb3_diffusion.common.schedules import noise_schedule_betas
@@ -249,7 +250,7 @@ def test_the_fixed_point_of_logged_futures(horizon: int | None, branch: str) -> 
         batch = batch_of(state, action, following, next_action, offsets, steps + int(branch == "steps"))
         futures = model.measure.coder(th.as_tensor(STATES[future]))
         loss = model._offset_loss(
-            batch, futures, model._draw_normal(*futures.shape), model._draw_levels(n), model._next_actions(batch)
+            batch, futures, model._draw_normal(*futures.shape), model._draw_levels(n), model._next_actions(batch, slice(None))
         )
         gradients.append(th.autograd.grad(loss, net.offset)[0][:2])
     assert (largest_t_value(gradients) < 3.5) is (branch == "offset")
@@ -595,7 +596,7 @@ def test_another_policy_is_measured() -> None:
     assert on_data.shape == (10,)
     model.set_measured_policy(policy)
     model.learn(1)
-    assert policy.seen == [16, 4, 4], "a', and rewards of the next states and of the futures"
+    assert policy.seen == [4, 4, 4], "a' of the chains, and rewards of the next states and of the futures"
     values = model.start_values(8)
     assert policy.seen[3:] == [10, 80] and values.shape == (10,)
     np.testing.assert_allclose(values, model.value(model.dataset.observations[::20], np.array([-1.0]), n_samples=8), rtol=1e-4)
@@ -615,6 +616,36 @@ def test_another_policy_is_measured() -> None:
     model.set_dataset(None)
     with pytest.raises(RuntimeError, match="set_dataset"):
         model.start_values()
+
+
+@pytest.mark.parametrize(("scheme", "counted"), [("stopped", [0, 1, 2, 4, 6]), ("logged", [0, 2, 4, 6])])
+def test_an_actor_that_does_not_learn_does_not_stand_in_where_the_log_ends(scheme: str, counted: list[int]) -> None:
+    """Steps that need an action which nobody knows count for nothing; a terminal state needs none."""
+    model, n = make(line_data(200), scheme=scheme, n_chain_levels=1), 8
+    known = th.tensor([1.0, 0.0]).repeat(4).unsqueeze(1)
+    dones = th.zeros(n, 1).index_fill(0, th.tensor([1]), 1.0)
+    batch = model.sample_batch(n)._replace(has_next_actions=known, unknown=1.0 - known, dones=dones)
+    noise, levels = th.randn(n, model.measure.coder.dim), th.arange(n)
+
+    def loss(rows: list[int]) -> th.Tensor:
+        part = FutureStateSamples(*(None if field is None else field[rows] for field in batch))
+        drawn = noise[rows], levels[rows]
+        if scheme == "logged":
+            return model._offset_loss(part, model.measure.coder(part.future_observations), *drawn, part.next_actions)
+        condition = model.measure.condition(part.next_observations, part.next_actions)
+        return model._measure_loss(part, Chain(th.arange(len(rows)), condition, *drawn, noise[rows]), *drawn, noise[rows])
+
+    mean_of_counted = len(counted) / n * loss(counted)
+    th.testing.assert_close(loss(list(range(n))), mean_of_counted)
+    model.train_agent = True
+    assert not th.isclose(loss(list(range(n))), mean_of_counted)
+
+
+def test_a_policy_file_knows_whose_rewards_it_tells(tmp_path: Path) -> None:
+    model = make(line_data(200), train_agent=True)
+    model.set_measured_policy("actor")
+    model.policy.save(tmp_path / "policy")
+    assert BellmanDiffusionPolicy.load(tmp_path / "policy").rewards_of == "actor"
 
 
 @pytest.mark.parametrize("horizon", [1, 4])

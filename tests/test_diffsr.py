@@ -782,6 +782,7 @@ def test_features_learn_from_single_steps(monkeypatch: pytest.MonkeyPatch) -> No
     for batch in seen["_critic_loss"]:
         assert ((batch.next_observations - batch.observations)[:, 0] == 3.0).any() and (batch.rewards == 3.0).any()
     assert model.dataset_buffer.n_steps == model.replay_buffer.n_steps == 3
+    assert model._last_batch is seen["_critic_loss"][-1], "what errors of critic and actor are described by"
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -455,6 +455,20 @@ def test_decay_of_the_averages_in_the_long_run() -> None:
     assert moves_of_the_averages(make_model(), range(100_000, 100_003)) == dict.fromkeys(range(100_000, 100_003), 0.0005)
 
 
+def test_what_no_longer_learns_keeps_its_average() -> None:
+    """Else the average would become the last weights."""
+    model = make_model(n_value_steps=3, learning_rate=1e-2)
+    model.train(3)
+    average = weights(model.value.averaged)
+    model.train(20)
+    assert equal(weights(model.value.averaged), average)
+    average = weights(model.actor.averaged)
+    assert not equal(average, online_weights(model.actor))
+    model.train_planner = False
+    model.train(20)
+    assert equal(weights(model.actor.averaged), average)
+
+
 def moves_of_the_averages(model: Diffuser, updates: range) -> dict[int, float]:
     """
     Share of the way to the trained weights that both averages went, by the number of the update; only those that moved.
@@ -759,6 +773,7 @@ def test_preset_has_the_published_settings(name: str) -> None:
     data = make_dataset((400,)) if name.startswith("maze2d") else make_dataset()
     model = Diffuser.from_preset(f"{name}-v2", dataset=data, device="cpu", **TRANSFORMER)
     assert {key: getattr(model, key) for key in PUBLISHED[name]} == PUBLISHED[name]
+    assert isinstance(model.tracker, PDTracker) is name.startswith("maze2d")
 
 
 def test_every_published_task_has_a_preset() -> None:

@@ -911,6 +911,16 @@ def test_all_steps_at_once_end_pretraining_at_the_same_place() -> None:
     assert equal(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("pretrain_actor", [True, False])
+def test_an_actor_that_was_not_pretrained_imitates_afterwards(pretrain_actor: bool) -> None:
+    model = make_model(n_pretrain_steps=3, n_imitation_steps=2, pretrain_actor=pretrain_actor)
+    imitates = []
+    for _ in range(6):
+        imitates.append(model.imitating and not model.pretraining)
+        model.train(gradient_steps=1, batch_size=16)
+    assert imitates == ([False] * 6 if pretrain_actor else [False, False, False, True, True, False])
+
+
 @pytest.mark.parametrize("kwargs", [dict(n_pretrain_steps=2), dict(n_pretrain_steps=2, pretrain_actor=False)])
 def test_pretraining_matters(kwargs: dict[str, Any]) -> None:
     assert not equal(train_states()["actor"], train_states(**kwargs)["actor"])

@@ -4,6 +4,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_diffusion import FutureStateReplayBuffer, OfflineDataset, TrajectoryReplayBuffer, load_dataset, make_env
+from sb3_diffusion import DTQL, FutureStateReplayBuffer, OfflineDataset, TrajectoryReplayBuffer, load_dataset, make_env
 from sb3_diffusion.datasets import SpacesEnv
 from sb3_diffusion.evaluation import evaluate
 
@@ -199,6 +200,19 @@ def test_a_schedule_that_ended_before_the_online_phase(spec: AlgoSpec, box_datas
     assert model.num_timesteps == 4
 
 
+def test_going_on_offline_where_the_schedule_has_ended(spec: AlgoSpec, box_dataset: OfflineDataset, tmp_path: Path) -> None:
+    """It says so, unless it finishes a call that was broken off."""
+    schedule = LinearSchedule(1e-3, 0.0, end_fraction=0.25)
+    model = spec.make(dataset=box_dataset, learning_rate=schedule).learn(4)
+    with pytest.warns(UserWarning, match="come to 0"):
+        model.learn(4, reset_num_timesteps=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(8, callback=lambda variables, _: variables["self"].num_timesteps < 4)
+        model.learn(4, reset_num_timesteps=False)
+    assert model.num_timesteps == 8
+
+
 def test_the_environment_is_left_alone_offline(spec: AlgoSpec, box_dataset: OfflineDataset) -> None:
     env = CountingWrapper(gym.make(POINT_ENV))
     model = spec.make(env, dataset=box_dataset)
@@ -256,6 +270,30 @@ def test_reward_transforms(spec: AlgoSpec, transform: str, box_dataset: OfflineD
     }[transform]
     np.testing.assert_allclose(np.unique(rewards), np.unique(raw * scale + shift), rtol=1e-5, atol=1e-5)
     model.learn(2)
+
+
+def test_rewards_are_not_changed_twice(box_dataset: OfflineDataset) -> None:
+    small = dict(dataset=box_dataset, normalize_observations=False, policy_kwargs=dict(net_arch=[8]), device="cpu")
+    with pytest.raises(ValueError, match=r'reward_transform="normalize".*norm_reward=False'):
+        DTQL("MlpPolicy", VecNormalize(make_vec_env(POINT_ENV)), reward_transform="normalize", **small)
+    model = DTQL("MlpPolicy", make_vec_env(POINT_ENV), reward_transform="normalize", **small)
+    with pytest.raises(ValueError, match="norm_reward=False"):
+        model.set_env(VecNormalize(make_vec_env(POINT_ENV)))
+    model.set_env(VecNormalize(make_vec_env(POINT_ENV), norm_reward=False))
+    assert abs(model.sample_batch(4096).rewards.std().item() - 1.0) < 0.1
+
+
+def test_a_trained_model_keeps_the_scale_of_its_rewards(box_dataset: OfflineDataset) -> None:
+    """Its action values are in it."""
+    small = dict(reward_transform="normalize", policy_kwargs=dict(net_arch=[8]), device="cpu")
+    model = DTQL("MlpPolicy", None, dataset=box_dataset, **small)
+    scale, larger = model.reward_scale, copy(box_dataset)
+    larger.rewards = 10.0 * box_dataset.rewards
+    model.set_dataset(larger)
+    assert model.reward_scale == pytest.approx(0.1 * scale, rel=1e-5)
+    model.learn(1)
+    model.set_dataset(box_dataset)
+    assert model.reward_scale == pytest.approx(0.1 * scale, rel=1e-5)
 
 
 # Data and environments ------------------------------------------------------------------------------------------------

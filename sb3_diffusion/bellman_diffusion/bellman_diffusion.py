@@ -23,13 +23,10 @@ from sb3_diffusion.bellman_diffusion.presets import PRESETS
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
-from sb3_diffusion.common.distributed import average, standard_deviation, take_from_first
-from sb3_diffusion.common.policies import take_rows
+from sb3_diffusion.common.distributed import average, standard_deviation
+from sb3_diffusion.common.observations import take_rows
 from sb3_diffusion.common.schedules import log_logistic_sigmas
-from sb3_diffusion.common.utils import check_choice, check_integer, check_range, warmed_up_decay
-
-MIN_ADVANTAGE_SCALE = 1e-3
-"""Smallest number that advantages, or action values, are divided by."""
+from sb3_diffusion.common.utils import MIN_SCALE, check_choice, check_integer, check_range, warmed_up_decay
 
 
 class BellmanDiffusion(MeasureAlgorithm):
@@ -377,10 +374,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         :param batch_size: transitions per update; None for the model's ``batch_size``
         """
         batch_size = self.batch_size if batch_size is None else batch_size
-        if self._n_updates == 0 and self.dataset is None:
-            assert isinstance(self.replay_buffer, FutureStateReplayBuffer)
-            self._fit_to_buffer(self.replay_buffer)
-            take_from_first(self.policy.buffers(), self.device)  # several processes have replay buffers of their own
+        self._fit_to_first_transitions()
         self.policy.set_training_mode(True)
         self._update_learning_rate([network.optimizer for network in self.policy.trained_networks.values()])
         distills = self.train_agent and self.agent == "distilled"
@@ -479,7 +473,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         with th.no_grad():
             q, v = self.policy.value(batch.observations, batch.actions)
             advantages = q - v
-            scale = standard_deviation(advantages).clamp(min=MIN_ADVANTAGE_SCALE)
+            scale = standard_deviation(advantages).clamp(min=MIN_SCALE)
             exponents = advantages / (self.temperature * scale)
             # Where all are far below 0 the largest is taken as 0, which the division undoes: no 0 / 0
             weights = (exponents - exponents.amax().clamp(max=0.0)).exp().clamp(max=self.max_weight)
@@ -538,7 +532,7 @@ class BellmanDiffusion(MeasureAlgorithm):
         if self.pretraining:
             return distances.mean()
         q_values = self.policy.critic(batch.observations, actions).amin(dim=0)
-        scale = average(q_values.detach().abs().mean()).clamp(min=MIN_ADVANTAGE_SCALE)
+        scale = average(q_values.detach().abs().mean()).clamp(min=MIN_SCALE)
         penalty = self._measure_penalty(batch, actions, start, noise, levels)
         return -q_values.mean() / scale + self.actor_bc_coef * (distances + self.measure_coef * penalty).mean()
 

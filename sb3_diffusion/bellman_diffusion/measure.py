@@ -14,7 +14,7 @@ from sb3_diffusion.buffers.samples import FutureStateSamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated
 from sb3_diffusion.common.distributed import own_rows
-from sb3_diffusion.common.policies import take_rows
+from sb3_diffusion.common.observations import take_rows
 from sb3_diffusion.common.utils import check_bound, check_choice, check_integer
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.evaluation import bootstrap_interval
@@ -71,6 +71,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
     buffer_class: ClassVar[type[EpisodeReplayBuffer]] = FutureStateReplayBuffer
     policy: BellmanDiffusionPolicy
     actor: ClippedGaussianActor
+    train_agent: bool  # whether the actor learns
     measure: MeasureNetwork  # f_theta; its average is f_theta-bar
 
     def __init__(
@@ -199,16 +200,27 @@ class MeasureAlgorithm(OfflineAlgorithm):
         """What ``n`` actions of the actor are made of."""
         return self._draw_normal(n, *self.actor.latent_shape)
 
-    def _next_actions(self, batch: FutureStateSamples, latents: th.Tensor | None = None) -> th.Tensor:
-        """$a'$: the measured policy's; of the data the logged action, or the actor's where the log has none."""
+    def _next_actions(self, batch: FutureStateSamples, rows: th.Tensor | slice, latents: th.Tensor | None = None) -> th.Tensor:
+        """$a'$ of these rows: the measured policy's; of the data the logged action, or the actor's where the log has none."""
+        next_observations = take_rows(batch.next_observations, rows)
         if self.policy.measured_actions is not None:
-            return self.policy.measured_actions(batch.next_observations)
+            return self.policy.measured_actions(next_observations)
         latents = self._draw_latents(len(batch.actions)) if latents is None else latents
         with th.no_grad():
-            acted = self.actor(batch.next_observations, latents)
+            acted = self.actor(next_observations, latents[rows])
         if self.measured_policy == "actor":
             return acted
-        return th.where(batch.has_next_actions > 0.0, batch.next_actions, acted)
+        return th.where(batch.has_next_actions[rows] > 0.0, batch.next_actions[rows], acted)
+
+    def _known(self, batch: FutureStateSamples) -> th.Tensor:
+        """
+        1, or 0 for rows that count for nothing, as the log ends before the action that they need and there is no actor to
+        stand in, shape ``(batch_size,)``.
+        """
+        if self.train_agent or self.measured_policy == "actor" or self.policy.measured_actions is not None:
+            return th.ones_like(batch.dones).squeeze(1)
+        known = 1.0 - batch.unknown if self.scheme == "logged" else th.maximum(batch.has_next_actions, batch.dones)
+        return known.squeeze(1)
 
     # ---------------------------------------------------------------- the measure, from the target's chain
 
@@ -219,7 +231,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         n_chains = max(1, len(batch.actions) // n_levels)
         rows = th.randperm(len(batch.actions), generator=self.generator, device=self.device)[:n_chains]
         next_observations = take_rows(batch.next_observations, rows)
-        condition = target.condition(next_observations, self._next_actions(batch)[rows])
+        condition = target.condition(next_observations, self._next_actions(batch, rows))
         path, clean = target.run(condition, self._draw_normal(n_chains, target.coder.dim))
         stops = own_rows(
             lambda n: th.randint(len(path), (n_levels, n), generator=self.generator, device=self.device), n_chains, dim=1
@@ -247,8 +259,9 @@ class MeasureAlgorithm(OfflineAlgorithm):
         discounts = self._discounts(batch)
         next_losses = self._next_state_loss(batch, noise, levels)
         bootstrap_losses = self._bootstrap_loss(batch, chain, chain_noise)
-        shares = discounts[chain.rows].repeat(self.n_chain_levels)
-        return ((1.0 - discounts) * next_losses).mean() + (shares * bootstrap_losses).mean()
+        known = self._known(batch)
+        shares = (known * discounts)[chain.rows].repeat(self.n_chain_levels)
+        return (known * (1.0 - discounts) * next_losses).mean() + (shares * bootstrap_losses).mean()
 
     def _discounts(self, batch: FutureStateSamples) -> th.Tensor:
         r"""$\gamma^l$ of the $l$ steps from ``observations`` to ``next_observations``, shape ``(batch_size,)``."""
@@ -308,7 +321,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         the state that the future was drawn at: the same latents give the same $a'$, as $x$ and target must share both.
         """
         noise, levels = self._draw_normal(*futures.shape), self._draw_levels(len(futures))
-        return self._offset_loss(batch, futures, noise, levels, self._next_actions(batch, latents))
+        return self._offset_loss(batch, futures, noise, levels, self._next_actions(batch, slice(None), latents))
 
     @accelerated
     def _offset_loss(
@@ -333,7 +346,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
             direct = (batch.offsets == 1) | (batch.dones > 0.0)
             goals = th.where(direct, target.denoiser.target(futures, noise, levels), told)
         errors = (measure.denoiser.net(noisy, condition, levels) - goals).square()
-        return (measure.level_weights[levels] * errors.mean(dim=1)).mean()
+        return (self._known(batch) * measure.level_weights[levels] * errors.mean(dim=1)).mean()
 
     # ---------------------------------------------------------------- rewards
 

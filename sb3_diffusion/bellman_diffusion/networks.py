@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import create_mlp
@@ -11,14 +10,13 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
-from sb3_diffusion.common.policies import FLAT_KEY, Actor, Network, check_vectors
+from sb3_diffusion.common.observations import FLAT_KEY, VectorLayout, subspaces
+from sb3_diffusion.common.policies import Actor, Network
 from sb3_diffusion.common.samplers import SAMPLERS
 from sb3_diffusion.common.schedules import noise_schedule_betas
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
-from sb3_diffusion.common.utils import check_choice, check_integer
+from sb3_diffusion.common.utils import MIN_SCALE, check_choice, check_integer
 
-MIN_SCALE = 1e-3
-"""What varies less than this in the data keeps its scale."""
 LOG_STD_RANGE = (-4.0, 0.0)
 """Bounds of the logarithm of the actor's standard deviation."""
 MEASURE_SAMPLERS = ("ddim", "dpm_solver", "heun")
@@ -41,11 +39,8 @@ class StateCoder(nn.Module):
         super().__init__()
         self.alive_flag = alive_flag
         self.is_dict = isinstance(observation_space, spaces.Dict)
-        parts = dict(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else {FLAT_KEY: observation_space}
-        check_vectors(parts, "BellmanDiffusion models states that are vectors")
-        self.shapes: dict[str, tuple[int, ...]] = {key: part.shape or () for key, part in parts.items()}
-        self.sizes = {key: int(np.prod(shape)) for key, shape in self.shapes.items()}
-        self.state_dim = sum(self.sizes.values())
+        self.parts = VectorLayout(subspaces(observation_space), "BellmanDiffusion models states that are vectors")
+        self.state_dim = self.parts.dim
         self.register_buffer("mean", th.zeros(self.state_dim))
         self.register_buffer("std", th.ones(self.state_dim))
 
@@ -60,17 +55,10 @@ class StateCoder(nn.Module):
 
         :param observations: batch of observations
         """
-        states = self._flat(observations).double()
+        states = self.parts.join(observations).double()
         std = states.std(dim=0, correction=0)
         self.mean.copy_(states.mean(dim=0))
         self.std.copy_(th.where(std > MIN_SCALE, std, 1.0))
-
-    def _flat(self, observations: PyTorchObs) -> th.Tensor:
-        parts = observations if isinstance(observations, dict) else {FLAT_KEY: observations}
-        return th.cat(
-            [parts[key].float().flatten(1) if shape else parts[key].float()[:, None] for key, shape in self.shapes.items()],
-            dim=1,
-        )
 
     def forward(self, observations: PyTorchObs, alive: th.Tensor | float = 1.0) -> th.Tensor:
         """
@@ -78,7 +66,7 @@ class StateCoder(nn.Module):
         :param alive: 1, or 0 where the episode is over, shape ``(batch_size, 1)`` or one number for all
         :return: shape ``(batch_size, dim)``
         """
-        states = (self._flat(observations) - self.mean) / self.std
+        states = (self.parts.join(observations) - self.mean) / self.std
         if not self.alive_flag:
             return states
         flag = 2.0 * th.as_tensor(alive, dtype=states.dtype, device=states.device).expand(len(states), 1) - 1.0
@@ -105,8 +93,7 @@ class StateCoder(nn.Module):
         :param x: shape ``(n, dim)``
         :return: states in the units of the observations, without the flag, ``(n, *obs_shape)`` or a dict of such tensors
         """
-        values = (self.standardized(x) * self.std + self.mean).split(list(self.sizes.values()), dim=1)
-        parts = {key: value.reshape(len(x), *self.shapes[key]) for key, value in zip(self.shapes, values, strict=True)}
+        parts = self.parts.split(self.standardized(x) * self.std + self.mean)
         return parts if self.is_dict else parts[FLAT_KEY]
 
 

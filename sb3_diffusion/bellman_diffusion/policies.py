@@ -23,7 +23,8 @@ from sb3_diffusion.bellman_diffusion.networks import (
     RewardModel,
     StateModel,
 )
-from sb3_diffusion.common.policies import ActionDenoiser, DiffusionPolicy, QCritic, check_image, n_rows, repeat_rows
+from sb3_diffusion.common.observations import check_image, n_rows, repeat_rows
+from sb3_diffusion.common.policies import ActionDenoiser, DiffusionPolicy, QCritic
 from sb3_diffusion.common.samplers import sample_dpm_solver
 from sb3_diffusion.common.torch_layers import Mish
 
@@ -159,7 +160,6 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
             agent=agent,
             horizon=horizon,
             gamma=gamma,
-            rewards_of=rewards_of,
             normalize_observations=normalize_observations,
         )
         self.gamma, self.horizon, self.rewards_of = gamma, horizon, rewards_of
@@ -361,7 +361,12 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
         return actions.reshape(batch_size, n, -1)[th.arange(batch_size, device=self.device), best]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        acting = dict(reward_fn=self.reward_fn, n_action_samples=self.n_action_samples, n_future_samples=self.n_future_samples)
+        acting = dict(
+            reward_fn=self.reward_fn,
+            rewards_of=self.rewards_of,
+            n_action_samples=self.n_action_samples,
+            n_future_samples=self.n_future_samples,
+        )
         return dict(super()._get_constructor_parameters(), lr_schedule=self._dummy_schedule, **self._own_arguments, **acting)
 
 

@@ -87,6 +87,7 @@ class FutureStateReplayBuffer(EpisodeReplayBuffer):
         "offset_distribution": str,
         "horizon": lambda horizon: None if horizon is None else int(horizon),
     }
+    sampling_options: ClassVar[tuple[str, ...]] = (*EpisodeReplayBuffer.sampling_options, "offset_distribution", "horizon")
 
     def __init__(
         self,

@@ -99,6 +99,8 @@ class EpisodeReplayBuffer(ReplayBuffer):
         "gamma": float,
     }
     """Attributes that belong to the state beside the arrays, and what converts a saved value."""
+    sampling_options: ClassVar[tuple[str, ...]] = ("n_steps", "gamma")
+    """The ``state_options`` that say what is made of the stored steps, not what is stored."""
     required_arguments: ClassVar[tuple[str, ...]] = ()
     """Constructor arguments without a default, among the ``state_options``; a file needs them to make a buffer."""
 

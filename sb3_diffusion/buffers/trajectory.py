@@ -83,6 +83,7 @@ class TrajectoryReplayBuffer(EpisodeReplayBuffer):
         "padding": lambda padding: padding,
         "termination_penalty": float,
     }
+    sampling_options: ClassVar[tuple[str, ...]] = ("horizon", "stride", "padding", "gamma", "termination_penalty")
     required_arguments: ClassVar[tuple[str, ...]] = ("horizon",)
 
     def __init__(

@@ -9,11 +9,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_diffusion.common.base_class import OfflineAlgorithm
-from sb3_diffusion.common.policies import Actor, ActorCriticPolicy, QCritic, n_rows
+from sb3_diffusion.common.observations import n_rows
+from sb3_diffusion.common.policies import Actor, ActorCriticPolicy, QCritic
 from sb3_diffusion.common.utils import check_bound, check_choice, check_integer, check_range
-
-MIN_Q_SCALE = 1e-3
-"""Smallest number that action values are divided by."""
 
 
 class ActorCriticAlgorithm(OfflineAlgorithm):

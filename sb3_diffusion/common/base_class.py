@@ -120,7 +120,8 @@ class OfflineAlgorithm(WatchedAlgorithm):
     :param offline_fraction: share of each batch that comes from the dataset while fine-tuning, in [0, 1]
     :param n_pretrain_steps: gradient steps of the pretraining phase; they count as offline timesteps
     :param reward_transform: None, ``"normalize"``, ``"iql_locomotion"``, ``"iql_antmaze"``, ``"cql_antmaze"`` or
-        ``"antmaze"``; fitted to the dataset where it needs statistics and applied to all rewards that are learned from
+        ``"antmaze"``; fitted to the dataset where it needs statistics and applied to all rewards that are learned from. A
+        ``VecNormalize`` must then leave rewards alone (``norm_reward=False``)
     :param normalize_observations: normalise vector observations by frozen statistics of the data, kept in the policy; None
         means yes, unless the environment is a ``VecNormalize`` that does it. Without data they stay as they are, unless an
         algorithm says otherwise: wrap the environment in ``VecNormalize``
@@ -295,6 +296,11 @@ class OfflineAlgorithm(WatchedAlgorithm):
                 "Observations would be normalised twice, by VecNormalize and by `normalize_observations=True`: "
                 "set the latter to False, or build VecNormalize with norm_obs=False."
             )
+        if self.reward_transform is not None and self._vec_normalize_env is not None and self._vec_normalize_env.norm_reward:
+            raise ValueError(
+                f'Rewards would be changed twice, by VecNormalize and by `reward_transform="{self.reward_transform}"`: set '
+                "the latter to None, or build VecNormalize with norm_reward=False."
+            )
 
     def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
         super().set_env(env, force_reset)
@@ -405,8 +411,8 @@ class OfflineAlgorithm(WatchedAlgorithm):
         """
         Attach logged data, in place of any attached before.
 
-        Frozen normalisation statistics of a policy without updates, and those of a ``VecNormalize`` that has seen no
-        step, are fitted to the data. A model without an environment gets that of the data.
+        Frozen normalisation statistics and the ``reward_transform`` of a model without updates, and the statistics of a
+        ``VecNormalize`` that has seen no step, are fitted to the data. A model without an environment gets that of the data.
 
         :param dataset: any source of [load_dataset][sb3_diffusion.load_dataset]; None detaches
         :raises ValueError: if its spaces do not match the model's
@@ -424,15 +430,26 @@ class OfflineAlgorithm(WatchedAlgorithm):
         self._offline = True
         if self.env is None:
             self.set_env(_vec_env_of(data, self.n_envs))
-        self._fit_reward_transform(data)
         if self._vec_normalize_env is not None and is_unused(self._vec_normalize_env):
             fit_vec_normalize(self._vec_normalize_env, data)
         if self._n_updates == 0:
+            self._fit_reward_transform(data)
             self._fit_statistics(data)
 
     def _fit_statistics(self, data: OfflineDataset) -> None:
         """Take the policy's frozen statistics from the data."""
         self.policy.fit_normalizer(data.observations)
+
+    def _fit_to_first_transitions(self) -> None:
+        """Before the first update of a model without data, take statistics from what the replay buffer holds."""
+        if self._n_updates > 0 or self.dataset is not None:
+            return
+        assert self.replay_buffer is not None
+        self._fit_to_buffer(self.replay_buffer)
+        take_from_first(self.policy.buffers(), self.device)  # several processes have replay buffers of their own
+
+    def _fit_to_buffer(self, buffer: Any) -> None:
+        """Take statistics from all stored steps."""
 
     def _fit_reward_transform(self, data: OfflineDataset) -> None:
         if self.reward_transform == "normalize":
@@ -571,9 +588,12 @@ class OfflineAlgorithm(WatchedAlgorithm):
         reset_num_timesteps: bool,
         progress_bar: bool,
     ) -> None:
+        goes_on = not reset_num_timesteps and 0 < self._total_timesteps <= self.num_timesteps  # after a call that was finished
         total_timesteps, callback = self._setup_learn_offline(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if goes_on:
+            self._warn_of_ended_schedule()
         self._online_start = -1  # the next online phase is a new one
         # What callbacks look for in the locals of a rollout; no environment is stepped, so that nothing ever ends
         n_envs = self.n_envs
@@ -623,12 +643,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
             self._rollout_steps = self._rollout_episodes = 0
             self._online_start = self.num_timesteps
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if self.lr_schedule(self._current_progress_remaining) == 0.0:
-                warnings.warn(
-                    "This phase begins where the schedule of the learning rate has already come to 0, so that it would learn "
-                    "nothing: leave `reset_num_timesteps` at True to begin the schedule anew.",
-                    stacklevel=3,
-                )
+            self._warn_of_ended_schedule()
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
             first_update = self._online_start + self.learning_starts
@@ -655,6 +670,14 @@ class OfflineAlgorithm(WatchedAlgorithm):
             if not rollout.continue_training:
                 break
         callback.on_training_end()
+
+    def _warn_of_ended_schedule(self) -> None:
+        if self.lr_schedule(self._current_progress_remaining) == 0.0:
+            warnings.warn(
+                "This phase begins where the schedule of the learning rate has already come to 0, so that it would learn "
+                "nothing: leave `reset_num_timesteps` at True to begin the schedule anew.",
+                stacklevel=4,
+            )
 
     def _finish_step(self, rollout: dict[str, Any]) -> bool:
         """

@@ -1,6 +1,6 @@
-"""Networks between spaces and tensors that several algorithms share: observation normaliser, denoiser of actions, critic."""
+"""Networks on observations, and policies of them, that several algorithms share: actors, denoiser of actions, critic."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -8,103 +8,22 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel, BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim, is_image_space, preprocess_obs
+from stable_baselines3.common.preprocessing import get_action_dim, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.func import functional_call
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser, EDMDenoiser
+from sb3_diffusion.common.observations import ObservationNormalizer, n_rows, repeat_rows
 from sb3_diffusion.common.samplers import SAMPLERS, STOCHASTIC_SAMPLERS
 from sb3_diffusion.common.serialization import PickleFreeModule
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish, ensemble_mlp
 from sb3_diffusion.common.utils import check_choice, check_integer, make_optimizer, move_average
-from sb3_diffusion.datasets.arrays import column_moments
 
 SelfNetwork = TypeVar("SelfNetwork", bound="Network")
 
 TensorPairs = list[tuple[th.Tensor, th.Tensor]]
-
-FLAT_KEY = "observation"
-"""Name under which a normaliser keeps the statistics of a space that is not a ``Dict``."""
-
-
-class ObservationNormalizer(nn.Module):
-    """
-    Shifts and scales vector observations to mean 0 and standard deviation 1 by frozen statistics.
-
-    Images and discrete observations pass unchanged. Dimensions that hardly vary in the data keep their scale.
-
-    :param observation_space: space of the observations, ``Dict`` included
-    """
-
-    def __init__(self, observation_space: spaces.Space) -> None:
-        super().__init__()
-        self.keys = [
-            key
-            for key, space in _subspaces(observation_space).items()
-            if isinstance(space, spaces.Box) and not is_image_space(space)
-        ]
-        for i, key in enumerate(self.keys):  # a key may hold characters that a buffer's name may not
-            shape = _subspaces(observation_space)[key].shape or ()
-            self.register_buffer(f"mean_{i}", th.zeros(shape))
-            self.register_buffer(f"std_{i}", th.ones(shape))
-
-    def fit(self, observations: np.ndarray | dict[str, np.ndarray]) -> None:
-        """
-        Take the statistics from data.
-
-        :param observations: shape ``(n_steps, *obs_shape)``, or a dict of such arrays
-        """
-        arrays = observations if isinstance(observations, dict) else {FLAT_KEY: observations}
-        for i, key in enumerate(self.keys):
-            mean, variance = column_moments(arrays[key])
-            std = np.sqrt(variance)
-            scale = np.where(std > 1e-3, std, 1.0)
-            getattr(self, f"mean_{i}").copy_(th.as_tensor(mean))
-            getattr(self, f"std_{i}").copy_(th.as_tensor(scale))
-
-    def forward(self, observations: PyTorchObs) -> PyTorchObs:
-        """
-        :param observations: tensor ``(batch_size, *obs_shape)`` or a dict of such tensors, preprocessed to floats
-        :return: the same with vectors normalised
-        """
-        if isinstance(observations, dict):
-            return {key: self._normalize(key, value) for key, value in observations.items()}
-        return self._normalize(FLAT_KEY, observations)
-
-    def _normalize(self, key: str, value: th.Tensor) -> th.Tensor:
-        if key not in self.keys:
-            return value
-        i = self.keys.index(key)
-        return (value - getattr(self, f"mean_{i}")) / getattr(self, f"std_{i}")
-
-
-def _subspaces(space: spaces.Space) -> dict[str, spaces.Space]:
-    return dict(space.spaces) if isinstance(space, spaces.Dict) else {FLAT_KEY: space}
-
-
-def check_vectors(parts: Mapping[str, spaces.Space], model: str) -> None:
-    """
-    :param parts: spaces of observations by key
-    :param model: what the model does with them, for the message
-    :raises ValueError: if one of them is no Box, or an image
-    """
-    for key, part in parts.items():
-        if not isinstance(part, spaces.Box) or is_image_space(part):
-            raise ValueError(
-                f"{model}: observations must be a Box that is no image, or a Dict of such Boxes, got {part} for {key!r}. "
-                "DTQL, DiffusionQL and DiffSR take images and discrete observations."
-            )
-
-
-def check_image(observation_space: spaces.Space) -> None:
-    """
-    :param observation_space: given to a ``CnnPolicy``
-    :raises ValueError: if it is no image
-    """
-    if not is_image_space(observation_space):
-        raise ValueError(f"`CnnPolicy` takes images: got {observation_space}; use `MlpPolicy`.")
 
 
 class Network(PickleFreeModule, BaseModel):
@@ -490,7 +409,8 @@ class ActorCriticPolicy(DiffusionPolicy):
     """
     A policy whose ``actor`` acts, with a ``critic`` of its actions and a slowly following ``critic_target``.
 
-    It acts with one action of the actor, or chooses one of several candidates by the smallest target value.
+    It acts with one action of the actor, or chooses one of several candidates by their target values, each the smallest of
+    the critics'.
     ``deterministic=True`` takes the latent 0, or among several candidates, whose latents all rows share, the best one.
 
     :param observation_space: observation space
@@ -605,34 +525,3 @@ class ActorCriticPolicy(DiffusionPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(super()._get_constructor_parameters(), lr_schedule=self._dummy_schedule, **self._own_arguments)
-
-
-def repeat_rows(observations: PyTorchObs, n: int) -> PyTorchObs:
-    """
-    :param observations: batch of observations
-    :param n: how often each row is repeated
-    :return: ``n`` times as many rows, copies of a row side by side
-    """
-    if isinstance(observations, dict):
-        return {key: value.repeat_interleave(n, dim=0) for key, value in observations.items()}
-    return observations.repeat_interleave(n, dim=0)
-
-
-def take_rows(observations: PyTorchObs, rows: th.Tensor) -> PyTorchObs:
-    """
-    :param observations: batch of observations
-    :param rows: indices, shape ``(n,)``
-    :return: these rows
-    """
-    if isinstance(observations, dict):
-        return {key: value[rows] for key, value in observations.items()}
-    return observations[rows]
-
-
-def n_rows(observations: PyTorchObs) -> int:
-    """
-    :param observations: batch of observations
-    :return: number of rows
-    """
-    tensor = next(iter(observations.values())) if isinstance(observations, dict) else observations
-    return tensor.shape[0]

@@ -235,13 +235,14 @@ class SavableAlgorithm(OffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: PathOrFile, truncate_last_traj: bool = True) -> None:  # type: ignore[override]
         """
-        Load a replay buffer of online transitions, in place of the model's.
+        Load a replay buffer of online transitions, in place of the model's. What is drawn from the stored steps is as the
+        model has it, whatever the file says: ``n_steps``, ``gamma``, ``horizon``, ...
 
         :param path: path or binary file object, as given to ``save_replay_buffer``
         :param truncate_last_traj: take the last trajectory as ended (``HerReplayBuffer``; the default buffer's ends when
             ``learn`` resets the environment)
         :raises ValueError: if it is of another class than the model's, was filled from other spaces or another number of
-            environments, or holds windows of another length
+            environments
         """
         own = type(self.replay_buffer)
         buffer = load_replay_buffer(path, device=self.device, custom_objects={full_name(own): own})
@@ -250,10 +251,6 @@ class SavableAlgorithm(OffPolicyAlgorithm):
                 f"The replay buffer must be a {own.__name__}, as the model's: the file holds a {type(buffer).__name__}. Build "
                 f"the model with `replay_buffer_class={type(buffer).__name__}`."
             )
-        for name in getattr(own, "required_arguments", ()):
-            ours, theirs = getattr(self.replay_buffer, name), getattr(buffer, name)
-            if ours != theirs:
-                raise ValueError(f"The replay buffer must have `{name}={ours}`, as the model's: the file's has {theirs}.")
         if (buffer.observation_space, buffer.action_space) != (self.observation_space, self.action_space):
             raise ValueError(
                 f"The replay buffer must hold {self.observation_space} and {self.action_space}, as the model: it holds "
@@ -265,6 +262,9 @@ class SavableAlgorithm(OffPolicyAlgorithm):
             )
         buffer.device = self.device
         if isinstance(buffer, EpisodeReplayBuffer):
+            sampling = {name: getattr(self.replay_buffer, name) for name in buffer.sampling_options}
+            if any(getattr(buffer, name) != value for name, value in sampling.items()):
+                buffer.set_state({**buffer.get_state(), **sampling})
             buffer.generator = self.generator
         if isinstance(buffer, HerReplayBuffer):
             if self.env is None:

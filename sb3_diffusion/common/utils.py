@@ -16,6 +16,9 @@ from torch import nn
 from sb3_diffusion.common.allowlist import register_value_class
 from sb3_diffusion.common.distributed import average, average_gradients
 
+MIN_SCALE = 1e-3
+"""Smallest spread or magnitude that numbers are divided by; data that vary less keep their scale."""
+
 
 class NonFiniteError(FloatingPointError):
     """A number that has to be finite is NaN or infinite: a loss, a gradient, what an environment returns, a weight."""

@@ -16,7 +16,7 @@ from sb3_diffusion.buffers import Batch
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.distributed import average, take_from_first
-from sb3_diffusion.common.utils import check_bound, check_choice, check_integer, check_range
+from sb3_diffusion.common.utils import MIN_SCALE, check_bound, check_choice, check_integer, check_range
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffsr.linear import LinearFit, fit_linear
 from sb3_diffusion.diffsr.networks import (
@@ -36,9 +36,6 @@ from sb3_diffusion.diffsr.policies import (
     SquashedGaussianActor,
 )
 from sb3_diffusion.diffsr.presets import PRESETS
-
-MIN_Q_SCALE = 1e-3
-"""Smallest number that action values are divided by."""
 
 
 class DiffSR(OfflineAlgorithm):
@@ -425,6 +422,7 @@ class DiffSR(OfflineAlgorithm):
         if self._critic_reaches_features:
             loss = loss + self._critic_loss(batch, self._draw_normal(*batch.actions.shape))[0]
         self._minimize("feature_loss", self.critic.feature_optimizer, loss, parts)
+        self._last_batch = batch  # the critic's, which its errors are described by
 
     @property
     def _explores(self) -> bool:
@@ -432,7 +430,7 @@ class DiffSR(OfflineAlgorithm):
         return self.exploration_coef > 0.0 and not self._offline
 
     def _move_feature_covariance(self, batch: Batch) -> None:
-        """Move the covariance of the features towards that of the batch."""
+        """Move the covariance of the features towards that of the batch; it starts from 0, as if nothing had been seen."""
         self.policy.feature_covariance.lerp_(average(self._second_moment(batch)), self.tau)
 
     def _train_actor(self, batch: Batch) -> None:
@@ -569,7 +567,7 @@ class DiffSR(OfflineAlgorithm):
         if log_prob is not None:
             loss = loss + (self._temperature() * log_prob).mean()
         if self._offline and self.bc_coef > 0.0:
-            scale = average(q_value.detach().abs().mean()).clamp(min=MIN_Q_SCALE)
+            scale = average(q_value.detach().abs().mean()).clamp(min=MIN_SCALE)
             bc_loss = self._bc_loss(batch, actions)
             return loss / scale + self.bc_coef * bc_loss, {"bc_loss": bc_loss}
         return loss, {}

@@ -252,7 +252,8 @@ def elliptical_bonus(features: th.Tensor, covariance: th.Tensor, n_samples: floa
     optimism in linear MDPs (arXiv 1907.05388, algorithm 1).
 
     :param features: $\phi$, shape ``(batch_size, feature_dim)``
-    :param covariance: $C$, mean of $\phi \phi^\top$ over what was seen, shape ``(feature_dim, feature_dim)``
+    :param covariance: $C$, mean of $\phi \phi^\top$ over what was seen, or its moving average from 0, shape
+        ``(feature_dim, feature_dim)``
     :param n_samples: $n$, how much was seen
     :param ridge: $\lambda$
     :return: shape ``(batch_size, 1)``, at most $\|\phi\| / \sqrt{\lambda}$

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_diffusion.buffers import EpisodeReplayBuffer, TrajectoryReplayBuffer, TrajectorySamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.compilation import CompiledInference, accelerated, autocast
-from sb3_diffusion.common.distributed import average, take_from_first
+from sb3_diffusion.common.distributed import average
 from sb3_diffusion.common.utils import check_bound, check_choice, check_integer, check_range, warmed_up_decay
 from sb3_diffusion.datasets import OfflineDataset
 from sb3_diffusion.diffuser.policies import (
@@ -447,10 +447,7 @@ class Diffuser(OfflineAlgorithm):
         :param batch_size: windows per update; None for the model's ``batch_size``
         """
         batch_size = self.batch_size if batch_size is None else batch_size
-        if self._n_updates == 0 and self.dataset is None:
-            assert isinstance(self.replay_buffer, TrajectoryReplayBuffer)
-            self._fit_to_buffer(self.replay_buffer)
-            take_from_first(self.policy.buffers(), self.device)  # several processes have replay buffers of their own
+        self._fit_to_first_transitions()
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         for _ in range(gradient_steps):
@@ -459,11 +456,12 @@ class Diffuser(OfflineAlgorithm):
             if self.train_planner:
                 planner_loss = self._planner_loss(windows, batch, self._draw_noise(windows), self._draw_levels(len(windows)))
                 self._minimize("planner_loss", self.actor.optimizer, planner_loss)
+                self._update_average(self.actor)
             if self.value is not None and self._value_learns:
                 level, noise = self._draw_levels(len(windows)), self._draw_noise(windows)
                 value_loss = self._value_loss(self.value, windows, batch, noise, level)
                 self._minimize("value_loss", self.value.optimizer, value_loss)
-            self._update_averages()
+                self._update_average(self.value)
             self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
@@ -476,7 +474,7 @@ class Diffuser(OfflineAlgorithm):
         if self.value is not None:
             update_learning_rate(self.value.optimizer, self.value_lr_schedule(self._current_progress_remaining))
 
-    def _update_averages(self) -> None:
+    def _update_average(self, network: TrajectoryActor | TrajectoryValue) -> None:
         n = self._n_updates + 1
         if n <= self.ema_start:
             decay = 0.0
@@ -484,8 +482,7 @@ class Diffuser(OfflineAlgorithm):
             return
         else:
             decay = 1.0 - self.tau if self.ema_start > 0 else warmed_up_decay(1.0 - self.tau, n)
-        for network in self.policy.trained_networks:
-            network.update_average(decay)
+        network.update_average(decay)
 
     def _normalized_windows(self, batch: TrajectorySamples) -> th.Tensor:
         """Actions and states side by side, normalised, shape ``(batch_size, horizon, dim)``."""

@@ -10,10 +10,11 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
-from sb3_diffusion.common.policies import ChainActor, DiffusionPolicy, Network, check_image, n_rows
+from sb3_diffusion.common.observations import check_image, n_rows
+from sb3_diffusion.common.policies import ChainActor, DiffusionPolicy, Network
 from sb3_diffusion.common.samplers import SAMPLERS, Guide, steps_between
 from sb3_diffusion.common.schedules import noise_schedule_betas
-from sb3_diffusion.common.utils import check_choice
+from sb3_diffusion.common.utils import MIN_SCALE, check_choice
 from sb3_diffusion.diffuser.networks import (
     TemporalUnet,
     TrajectoryTransformer,
@@ -23,7 +24,6 @@ from sb3_diffusion.diffuser.networks import (
 )
 from sb3_diffusion.diffuser.windows import (
     GOAL_KEY,
-    MIN_SCALE,
     ConditionedNet,
     WindowLayout,
     WindowNormalizer,

@@ -5,6 +5,8 @@ Published settings of Diffuser by D4RL task (the authors' ``config/locomotion.py
 
 from typing import Any
 
+from sb3_diffusion.diffuser.tracking import PDTracker
+
 PUBLISHED: dict[str, Any] = dict(
     tau=0.005,
     ema_start=2_000,
@@ -42,6 +44,7 @@ def _maze2d(horizon: int, n_diffusion_steps: int) -> dict[str, Any]:
         padding=None,
         action_weight=1.0,
         n_action_steps=horizon,
+        tracker=PDTracker(),
         policy_kwargs=dict(net_kwargs=dict(multipliers=[1, 4, 8])),
         default_total_timesteps=2_000_000,
     )

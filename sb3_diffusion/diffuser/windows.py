@@ -1,6 +1,6 @@
 """Windows of trajectories as arrays: where observations and actions lie in them, how they are normalised, what is given."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -10,15 +10,12 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_diffusion.common.compilation import CompiledInference
-from sb3_diffusion.common.policies import FLAT_KEY, check_vectors
-from sb3_diffusion.common.utils import check_choice
+from sb3_diffusion.common.observations import FLAT_KEY, ArrayT, VectorLayout, subspaces
+from sb3_diffusion.common.utils import MIN_SCALE, check_choice
 from sb3_diffusion.datasets.arrays import column_moments
 
 GOAL_KEY = "desired_goal"
 ACHIEVED_KEY = "achieved_goal"
-ArrayT = TypeVar("ArrayT", np.ndarray, th.Tensor)
-MIN_SCALE = 1e-3
-"""What varies less than this in the data keeps its scale."""
 
 
 class WindowLayout:
@@ -42,35 +39,29 @@ class WindowLayout:
         self.observation_space = observation_space
         self.horizon, self.stride = horizon, stride
         self.goal_conditioned = goal_conditioned
-        parts = dict(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else {FLAT_KEY: observation_space}
+        parts = subspaces(observation_space)
         self.has_goal_key = goal_conditioned and {GOAL_KEY, ACHIEVED_KEY} <= parts.keys()
         if self.has_goal_key:
             del parts[GOAL_KEY]
-        check_vectors(parts, "Diffuser plans over vectors")
-        self.shapes: dict[str, tuple[int, ...]] = {key: part.shape or () for key, part in parts.items()}
-        self.sizes = {key: int(np.prod(shape)) for key, shape in self.shapes.items()}
+        self.parts = VectorLayout(parts, "Diffuser plans over vectors")
         self.single_action_dim = get_action_dim(action_space)
         self.action_dim = stride * self.single_action_dim
-        self.dim = self.action_dim + sum(self.sizes.values())
+        self.dim = self.action_dim + self.parts.dim
 
     @property
     def goal_channels(self) -> slice:
         """Channels that are given in the last row, if ``goal_conditioned``."""
         if not self.has_goal_key:
             return slice(self.action_dim, self.dim)
-        start = self.action_dim
-        for key, size in self.sizes.items():
-            if key == ACHIEVED_KEY:
-                return slice(start, start + size)
-            start += size
-        raise KeyError(ACHIEVED_KEY)
+        achieved = self.parts.slices[ACHIEVED_KEY]
+        return slice(self.action_dim + achieved.start, self.action_dim + achieved.stop)
 
     @property
     def goal_shape(self) -> tuple[int, ...]:
         """Shape of a goal, if ``goal_conditioned``: that of the channels given at the end."""
         if self.has_goal_key:
-            return self.shapes[ACHIEVED_KEY]
-        return self.shapes[FLAT_KEY] if len(self.shapes) == 1 else (self.dim - self.action_dim,)
+            return self.parts.shapes[ACHIEVED_KEY]
+        return self.parts.shapes[FLAT_KEY] if len(self.parts.shapes) == 1 else (self.parts.dim,)
 
     def goals(self, windows: ArrayT) -> ArrayT:
         """
@@ -92,12 +83,7 @@ class WindowLayout:
         :param observations: tensor ``(*batch_shape, *obs_shape)``, or a dict of such tensors
         :return: shape ``(*batch_shape, dim - action_dim)``
         """
-        parts = observations if isinstance(observations, dict) else {FLAT_KEY: observations}
-        rows = [
-            parts[key].float().flatten(-len(shape)) if shape else parts[key].float().unsqueeze(-1)
-            for key, shape in self.shapes.items()
-        ]
-        return th.cat(rows, dim=-1)
+        return self.parts.join(observations)
 
     def observations(self, states: np.ndarray, goals: np.ndarray | None) -> Any:
         """
@@ -105,11 +91,7 @@ class WindowLayout:
         :param goals: ``desired_goal`` of a space with goals, shape ``(*batch_shape, *goal_shape)``
         :return: observations, shape ``(*batch_shape, *obs_shape)``, or a dict of such arrays
         """
-        ends = np.cumsum(list(self.sizes.values()))[:-1]
-        parts = {
-            key: part.reshape(*states.shape[:-1], *self.shapes[key])
-            for key, part in zip(self.shapes, np.split(states, ends, axis=-1), strict=True)
-        }
+        parts = self.parts.split(states)
         if not isinstance(self.observation_space, spaces.Dict):
             return parts[FLAT_KEY]
         if self.has_goal_key:

@@ -10,10 +10,10 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_diffusion.buffers import Batch
-from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
+from sb3_diffusion.common.actor_critic import ActorCriticAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.distributed import average
-from sb3_diffusion.common.utils import check_choice, check_integer, check_range, warmed_up_decay
+from sb3_diffusion.common.utils import MIN_SCALE, check_choice, check_integer, check_range, warmed_up_decay
 from sb3_diffusion.diffusion_ql.policies import (
     CnnPolicy,
     DiffusionActor,
@@ -42,6 +42,8 @@ class DiffusionQL(ActorCriticAlgorithm):
     * The action values have layer normalisation (``critic_layer_norm``), which bounds how far they can rise away from the
       data (arXiv 2302.02948). The published presets have it off.
     * Vector observations are normalised (``normalize_observations``). The published presets have it off.
+    * Online without logged data the policy clones less (``online_bc_coef``), and noise is added to the actions that are tried
+      (``exploration_noise``): the paper and its code are offline only.
     * The moving average of the actor starts with the first update (``ema_start``) and follows every one (``ema_interval``),
       as in the paper; the authors' code waits for 1,000 updates, so that the first targets come from a random actor, and
       then follows every fifth. The published presets do as the code.
@@ -371,7 +373,7 @@ class DiffusionQL(ActorCriticAlgorithm):
             q_values = self.critic.q_values_of((first + 1) % self.critic.n_critics, features, actions)
         else:
             q_values = self.critic.q_values(features, batch.actions)
-        return average(q_values.abs().mean()).clamp(min=MIN_Q_SCALE)
+        return average(q_values.abs().mean()).clamp(min=MIN_SCALE)
 
     @accelerated_actor_loss
     def _actor_loss(

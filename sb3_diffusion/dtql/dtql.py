@@ -11,12 +11,12 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from sb3_diffusion.buffers import Batch
-from sb3_diffusion.common.actor_critic import MIN_Q_SCALE, ActorCriticAlgorithm
+from sb3_diffusion.common.actor_critic import ActorCriticAlgorithm
 from sb3_diffusion.common.compilation import accelerated, accelerated_actor_loss
 from sb3_diffusion.common.distributed import average, standard_deviation
 from sb3_diffusion.common.policies import ActionDenoiser, QCritic
 from sb3_diffusion.common.schedules import log_logistic_sigmas
-from sb3_diffusion.common.utils import check_choice, check_range, expectile_loss, warmed_up_decay
+from sb3_diffusion.common.utils import MIN_SCALE, check_choice, check_range, expectile_loss, warmed_up_decay
 from sb3_diffusion.dtql.policies import (
     CnnPolicy,
     DTQLPolicy,
@@ -42,7 +42,8 @@ class DTQL(ActorCriticAlgorithm):
 
     * ``q_normalization="advantage"`` divides the action values by the standard deviation of the advantages of the data's
       actions: ``trust_region_coef`` then does not carry the scale of the rewards (published values run from 0.5 to 1500),
-      and a critic that knows nothing yet cannot push the actor far. Published presets have it off.
+      and a critic that knows nothing yet cannot push the actor far. The value's weight is then 0.5 (``q_coef``; paper and
+      code: 1). Published presets have it off.
     * The policy acts with a moving average of the actor's weights (``ema_decay``); the authors' code keeps one and never
       uses it. Published presets have it off.
     * Offline, the actor first imitates the data (``n_imitation_steps``): the trust region seeks the nearest mode, and from a
@@ -97,7 +98,7 @@ class DTQL(ActorCriticAlgorithm):
     :param pretrain_actor: pretraining prepares the actor too: a Gaussian one imitates, an implicit one starts from the weights
         of the diffusion model
     :param n_imitation_steps: offline updates, counted from the first, in which the actor imitates the data before it follows
-        the action values
+        the action values; those of a pretraining without the actor do not count
     :param critic_learning_rate: learning rate of critics and state value; a float or a function of the remaining progress,
         None for ``learning_rate``
     :param sigma_data: scale on which the trust region sees the actions, scaled to [-1, 1], and the median of the noise levels:
@@ -282,6 +283,12 @@ class DTQL(ActorCriticAlgorithm):
     def _trained_networks(self) -> list[str]:
         return ["actor", "behavior", *(["fake_behavior"] if self.regularizer == "kl" else []), "critic"]
 
+    @property
+    def imitating(self) -> bool:
+        """Pretraining without the actor leaves its imitation for later."""
+        n_updates = self._n_updates if self.pretrain_actor else self._n_updates - self._n_pretrain_updates
+        return self._offline and n_updates < self.n_imitation_steps
+
     # ---------------------------------------------------------------- Algorithm 1
 
     def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
@@ -411,9 +418,9 @@ class DTQL(ActorCriticAlgorithm):
     def _q_scale(self, q_values: th.Tensor) -> th.Tensor | float:
         """What action values are divided by in the actor's loss."""
         if self.q_normalization == "advantage":
-            return self.policy.advantage_scale.clamp(min=MIN_Q_SCALE)
+            return self.policy.advantage_scale.clamp(min=MIN_SCALE)
         if self.q_normalization == "magnitude":
-            return average(q_values.abs().mean()).clamp(min=MIN_Q_SCALE)
+            return average(q_values.abs().mean()).clamp(min=MIN_SCALE)
         return 1.0
 
     @accelerated
