@@ -641,6 +641,13 @@ def test_an_actor_that_does_not_learn_does_not_stand_in_where_the_log_ends(schem
     assert not th.isclose(loss(list(range(n))), mean_of_counted)
 
 
+def test_rewards_have_to_be_a_function() -> None:
+    with pytest.raises(ValueError, match="`reward_fn` must be a function"):
+        make(line_data(200), reward_fn=5)
+    with pytest.raises(ValueError, match="`reward_fn` must be a function"):
+        make(line_data(200)).set_reward_fn(5)
+
+
 def test_a_policy_file_knows_whose_rewards_it_tells(tmp_path: Path) -> None:
     model = make(line_data(200), train_agent=True)
     model.set_measured_policy("actor")

@@ -1107,9 +1107,14 @@ def test_make_env_brings_its_dataset():
         env,
         gym.wrappers.RescaleAction(env, -1.0, 1.0),
         DummyVecEnv([lambda: env]),
-        VecNormalize(VecFrameStack(DummyVecEnv([lambda: gym.wrappers.TransformReward(env, float)]), 2)),
+        VecNormalize(DummyVecEnv([lambda: gym.wrappers.TransformReward(env, float)])),
     ):
         assert find_dataset(wrapped) is data
+    stacked = VecFrameStack(VecFrameStack(DummyVecEnv([lambda: env]), 2), 3)
+    found = find_dataset(stacked)
+    assert found is not None and found.n_stack == 6
+    found.check_spaces(stacked.observation_space, stacked.action_space)
+    np.testing.assert_array_equal(found.observations, data.stack(6).observations)
     assert find_dataset(gym.make("Pendulum-v1")) is None
     assert find_dataset(VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))) is None
     env.reset(seed=0)
@@ -1291,6 +1296,16 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / f"{EVIL}.py").write_text(f"open({str(mark)!r}, 'w')\n\n\ndef make(**kwargs):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     return mark
+
+
+def test_an_environment_whose_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry_point = "gymnasium_robotics.envs.maze.point_maze:PointMazeEnv"
+    source = hostile_minari(tmp_path, monkeypatch, id="PointMaze_Tiny-v9", entry_point=entry_point)
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
+    with pytest.warns(UserWarning, match=r"sb3-diffusion\[robotics\]"):
+        assert load_dataset(source).env_spec is None
+    with pytest.raises(ImportError, match=r"PointMaze_Tiny-v9 .*sb3-diffusion\[robotics\]"):
+        make_env(source)
 
 
 def test_environments_of_datasets_bring_no_code(tmp_path: Path, evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:

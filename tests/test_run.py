@@ -272,6 +272,13 @@ def test_reward_transforms(spec: AlgoSpec, transform: str, box_dataset: OfflineD
     model.learn(2)
 
 
+def test_arguments_that_the_policy_does_not_take(spec: AlgoSpec) -> None:
+    with pytest.raises(TypeError, match=r"`policy_kwargs` must be arguments of \w+, .*optimizer_class.*: got no_such_layer"):
+        spec.make(POINT_ENV, policy_kwargs=dict(no_such_layer=3))
+    with pytest.raises(TypeError, match=r"arguments of \w+, .*optimizer_class.*: got no_such_layer"):
+        spec.make(POINT_GOAL_ENV, policy="MultiInputPolicy", policy_kwargs=dict(no_such_layer=3))
+
+
 def test_rewards_are_not_changed_twice(box_dataset: OfflineDataset) -> None:
     small = dict(dataset=box_dataset, normalize_observations=False, policy_kwargs=dict(net_arch=[8]), device="cpu")
     with pytest.raises(ValueError, match=r'reward_transform="normalize".*norm_reward=False'):

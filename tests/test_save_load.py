@@ -1,5 +1,6 @@
 """Files: exact resume in another process, everything that travels, everything that is refused."""
 
+import inspect
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -288,10 +290,10 @@ def test_another_number_of_envs(spec: AlgoSpec, tmp_path: Path) -> None:
 def test_include_and_exclude(spec: AlgoSpec, tmp_path: Path) -> None:
     model = spec.make(POINT_ENV, verbose=0)
     default = model.gamma
-    model.note = "kept"
-    model.save(tmp_path / "model", exclude=["gamma"])
-    loaded = spec.cls.load(tmp_path / "model")
-    assert loaded.note == "kept" and loaded.gamma == default
+    model.note, model.verbose = "kept", 2
+    model.save(tmp_path / "model", exclude=["gamma", "verbose"])
+    loaded = spec.cls.load(tmp_path / "model", env=POINT_ENV)
+    assert loaded.note == "kept" and loaded.gamma == default and loaded.verbose == 0
     model.gamma = 0.5
     model.save(tmp_path / "model", exclude=["gamma"], include=["gamma"])
     assert spec.cls.load(tmp_path / "model").gamma == 0.5
@@ -408,6 +410,49 @@ def test_set_parameters(spec: AlgoSpec, box_dataset: OfflineDataset, tmp_path: P
 def test_state_dict_holds_floats_only(variant: AlgoSpec, box_dataset: OfflineDataset) -> None:
     for name, tensor in variant.make(dataset=box_dataset).policy.state_dict().items():
         assert tensor.is_floating_point(), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(tau=50.0), "tau"),
+        (dict(gamma=-1.0), "gamma"),
+        (dict(offline_fraction=7.0), "offline_fraction"),
+        (dict(batch_size=0), "batch_size"),
+        (dict(buffer_size=-4), "buffer_size"),
+        (dict(train_freq=0), "train_freq"),
+        (dict(train_freq=(0, "step")), "train_freq"),
+        (dict(tau=None), "tau"),
+        (dict(num_timesteps="a"), "num_timesteps"),
+        (dict(_n_updates="x"), "_n_updates"),
+        (dict(ep_info_buffer=3), "ep_info_buffer"),
+        (dict(action_noise=5), "action_noise"),
+    ],
+)
+def test_settings_of_a_file_are_checked_as_arguments_are(
+    spec: AlgoSpec, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = spec.make(POINT_ENV)
+    model.save(tmp_path / "good")
+    if next(iter(settings)) in inspect.signature(spec.cls.__init__).parameters and "action_noise" not in settings:
+        with pytest.raises(ValueError, match=message):
+            spec.cls.load(tmp_path / "good", **settings)
+        with pytest.raises((ValueError, TypeError), match=message):
+            spec.make(POINT_ENV, **settings)
+    vars(model).update(settings)
+    model.save(tmp_path / "bad")
+    with pytest.raises(ValueError, match=message):
+        spec.cls.load(tmp_path / "bad")
+
+
+def test_parameters_that_do_not_fit_leave_the_model_as_it_was(spec: AlgoSpec) -> None:
+    model, other = spec.make(POINT_ENV), spec.make("Pendulum-v1")
+    before = deepcopy(model.get_parameters())
+    for parameters in (other.get_parameters(), {**other.get_parameters(), "nonsense": {}}):
+        with pytest.raises((RuntimeError, ValueError)):
+            model.set_parameters(parameters)
+        for name, tensor in tensors(before):
+            assert th.equal(tensor, dict(tensors(model.get_parameters()))[name]), name
 
 
 # Replay buffers -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from sb3_diffusion.bellman_diffusion.policies import (
     MultiInputPolicy,
     RewardFunction,
     call_reward_fn,
+    check_reward_fn,
 )
 from sb3_diffusion.bellman_diffusion.presets import PRESETS
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
@@ -328,7 +329,9 @@ class BellmanDiffusion(MeasureAlgorithm):
             observations), as the environment gives them, to ``(n,)``: the reward for reaching each state. None goes back to
             the learned rewards
         :param n_action_samples: candidates that a trained model chooses from
+        :raises ValueError: if ``reward_fn`` is no function
         """
+        check_reward_fn(reward_fn)
         self.reward_fn = self.policy.reward_fn = reward_fn
         if self.dataset_buffer is not None:
             self._fit_value_scale(self.dataset_buffer)

@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import PolicyPredictor, PyTorchObs
 
 from sb3_diffusion.bellman_diffusion.networks import ClippedGaussianActor, MeasureNetwork, fit_scale
-from sb3_diffusion.bellman_diffusion.policies import BellmanDiffusionPolicy, RewardFunction, as_arrays
+from sb3_diffusion.bellman_diffusion.policies import BellmanDiffusionPolicy, RewardFunction, as_arrays, check_reward_fn
 from sb3_diffusion.buffers import EpisodeReplayBuffer, FutureStateReplayBuffer
 from sb3_diffusion.buffers.samples import FutureStateSamples
 from sb3_diffusion.common.base_class import OfflineAlgorithm
@@ -91,6 +91,7 @@ class MeasureAlgorithm(OfflineAlgorithm):
         check_choice("scheme", scheme, ("stopped", "renoised", "logged"))
         check_integer("n_chain_levels", n_chain_levels, 1)
         check_bound("max_grad_norm", max_grad_norm)
+        check_reward_fn(reward_fn)
         if horizon is not None:
             check_integer("horizon", horizon, 1)
         if horizon is not None and scheme != "logged":

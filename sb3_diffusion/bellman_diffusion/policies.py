@@ -370,6 +370,15 @@ class BellmanDiffusionPolicy(DiffusionPolicy):
         return dict(super()._get_constructor_parameters(), lr_schedule=self._dummy_schedule, **self._own_arguments, **acting)
 
 
+def check_reward_fn(reward_fn: RewardFunction | None) -> None:
+    """
+    :param reward_fn: rewards of states, or None
+    :raises ValueError: if it cannot be called
+    """
+    if reward_fn is not None and not callable(reward_fn):
+        raise ValueError(f"`reward_fn` must be a function of states, or None: got {reward_fn!r}.")
+
+
 def call_reward_fn(reward_fn: RewardFunction, states: PyTorchObs) -> th.Tensor:
     """
     :param reward_fn: rewards of states

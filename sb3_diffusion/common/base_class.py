@@ -31,7 +31,7 @@ from sb3_diffusion.common.compilation import COMPILE_CHOICES, PRECISIONS, autoca
 from sb3_diffusion.common.distributed import n_processes, own_rows, own_share, process_rank, take_from_first
 from sb3_diffusion.common.policies import DiffusionPolicy
 from sb3_diffusion.common.savable import made_env
-from sb3_diffusion.common.utils import check_action_space, check_choice, check_integer, check_range
+from sb3_diffusion.common.utils import check_action_space, check_arguments, check_choice, check_integer, check_range
 from sb3_diffusion.common.vec_normalize import fit_vec_normalize, is_unused
 from sb3_diffusion.common.watched import WatchedAlgorithm
 from sb3_diffusion.datasets import (
@@ -182,6 +182,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
         check_range("tau", tau, 0.0, 1.0)
         check_range("offline_fraction", offline_fraction, 0.0, 1.0)
         check_integer("n_pretrain_steps", n_pretrain_steps, 0)
+        check_integer("train_freq", train_freq[0] if isinstance(train_freq, tuple) else train_freq, 1)
         check_choice("reward_transform", reward_transform, (None, "normalize", "iql_locomotion", *REWARD_TRANSFORMS))
         if n_steps > 1 and gamma == 1.0 and reward_transform not in (None, "iql_locomotion"):
             raise ValueError(
@@ -325,6 +326,7 @@ class OfflineAlgorithm(WatchedAlgorithm):
         self.set_random_seed(self.seed)
         if self.replay_buffer is None:
             self.replay_buffer = self._make_replay_buffer()
+        check_arguments("policy_kwargs", self.policy_kwargs, self.policy_class)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,

@@ -1,5 +1,6 @@
 """What a model's file holds: configuration, parameters, optimiser states, generators, statistics of ``VecNormalize``."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.utils import get_system_info
@@ -27,8 +29,16 @@ if TYPE_CHECKING:
     from sb3_diffusion.common.savable import SavableAlgorithm
 
 KIND = "model"
-ESSENTIAL = ("policy_class", "observation_space", "action_space", "verbose")
-"""Attributes that loading begins with."""
+ESSENTIAL = {"policy_class": type, "observation_space": spaces.Space, "action_space": spaces.Box}
+"""Attributes that loading begins with, and of which kinds they are."""
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("verbose", "num_timesteps", "_total_timesteps", "_episode_num", "_n_updates", "_n_pretrain_updates"), int
+    ),
+    **dict.fromkeys(("ep_info_buffer", "ep_success_buffer"), (deque, type(None))),
+    "action_noise": (ActionNoise, type(None)),
+}
+"""Of which kinds others are that no argument's check looks at."""
 VEC_NORMALIZE: dict[str, Any] = {
     **dict.fromkeys(("norm_obs", "norm_reward", "training"), bool),
     **dict.fromkeys(("clip_obs", "clip_reward", "gamma", "epsilon"), (int, float)),
@@ -117,8 +127,9 @@ def _check(cls: type, file: ModelFile) -> None:
     :raises FileFormatError: if a value is of a kind that it cannot be, or would hide a method of the class
     """
     data = file.data
-    for name, kind in (("observation_space", spaces.Space), ("action_space", spaces.Box), ("verbose", int)):
-        _require(name, data[name], kind)
+    for name, kinds in {**ESSENTIAL, **KINDS}.items():
+        if name in data:
+            _require(name, data[name], kinds)
     hidden = [name for name in data if callable(getattr(cls, name, None))]
     if hidden:
         raise FileFormatError(f"The file holds values for {', '.join(sorted(hidden))}, which are methods: refused.")

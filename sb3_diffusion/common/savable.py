@@ -1,5 +1,6 @@
 """Files of algorithms: models and replay buffers without pickle, loaded without touching the process."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterable
@@ -155,10 +156,11 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :return: the model
         :raises FileFormatError: if the file is damaged, foreign, of a newer schema or of another class, or does not describe a
             model
-        :raises ValueError: if spaces or ``policy_kwargs`` differ from the saved ones
+        :raises ValueError: if spaces or ``policy_kwargs`` differ from the saved ones, or the constructor refuses a setting
         """
         file = read_model(cls, path, custom_objects, print_system_info)
         data = file.data
+        verbose = data.get("verbose", 0)
         saved_policy_kwargs = data.get("policy_kwargs", {})
         if kwargs.get("policy_kwargs", saved_policy_kwargs) != saved_policy_kwargs:
             raise ValueError(
@@ -168,11 +170,13 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         if dataset is not None and env is None:
             dataset = load_dataset_for(dataset, data["observation_space"], data["action_space"])
         if env is not None:
-            env = cls._wrap_env(made_env(env, data["verbose"]), data["verbose"])
+            env = cls._wrap_env(made_env(env, verbose), verbose)
             check_spaces(data["observation_space"], data["action_space"], env, "environment")
             if file.vec_normalize is not None:
                 env = wrap_vec_normalize(env, file.vec_normalize)
         with process_randomness_kept():
+            with described_by():
+                cls._check_settings({**data, **kwargs})
             model = cls(data["policy_class"], env, device=device, dataset=dataset, _init_setup_model=False)  # type: ignore[call-arg,arg-type]
             if model.env is not None:
                 source = "dataset" if env is None else "environment"
@@ -197,6 +201,16 @@ class SavableAlgorithm(OffPolicyAlgorithm):
                     generator.set_state(state)
         return model
 
+    @classmethod
+    def _check_settings(cls, settings: dict[str, Any]) -> None:
+        """
+        :param settings: attributes of a model, those of its constructor's arguments among them
+        :raises ValueError: if the constructor refuses one of them
+        """
+        names = inspect.signature(cls.__init__).parameters.keys() - {"self", "policy", "env", "dataset", "device", "verbose"}
+        arguments = {name: value for name, value in settings.items() if name in names}
+        cls(settings["policy_class"], None, device="cpu", _init_setup_model=False, **arguments)  # type: ignore[call-arg,arg-type]
+
     def _carry_vec_normalize(self, state: dict[str, Any], observation_space: spaces.Space, action_space: spaces.Space) -> None:
         """
         Put the saved ``VecNormalize`` around the environment that the data brought; without one around an environment that
@@ -220,9 +234,15 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :param load_path_or_dict: a model's file, or a dict as ``get_parameters()`` returns it
         :param exact_match: require every network and each of its tensors
         :param device: not needed, tensors go where the networks are
+        :raises ValueError: if names do not match; as with all other errors, the model is then as it was
         """
         parameters = load_path_or_dict if isinstance(load_path_or_dict, dict) else read_parameters(load_path_or_dict)
-        super().set_parameters(parameters, exact_match, device)  # type: ignore[arg-type]
+        before = deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(parameters, exact_match, device)  # type: ignore[arg-type]
+        except BaseException:
+            super().set_parameters(before, exact_match=True, device=device)  # type: ignore[arg-type]
+            raise
 
     def save_replay_buffer(self, path: PathOrFile) -> None:  # type: ignore[override]
         """

@@ -1,10 +1,11 @@
 """What several algorithms share and SB3 lacks."""
 
+import inspect
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -155,10 +156,10 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
     :param value: its value
     :param low: smallest value allowed
     :param high: largest value allowed
-    :raises ValueError: if the value lies outside
+    :raises ValueError: if the value is no number, or lies outside
     """
-    if not low <= value <= high:
-        raise ValueError(f"`{name}` must lie in [{low}, {high}]: got {value}.")
+    if not isinstance(value, Real) or not low <= value <= high:
+        raise ValueError(f"`{name}` must lie in [{low}, {high}]: got {value!r}.")
 
 
 def check_integer(name: str, value: int, low: int, high: float = float("inf")) -> None:
@@ -180,8 +181,8 @@ def check_bound(name: str, value: float | None) -> None:
     :param value: its value, a bound; None for no bound
     :raises ValueError: if it is not positive
     """
-    if value is not None and not value > 0.0:
-        raise ValueError(f"`{name}` must be positive, or None for no bound: got {value}.")
+    if value is not None and not (isinstance(value, Real) and value > 0.0):
+        raise ValueError(f"`{name}` must be positive, or None for no bound: got {value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -193,6 +194,26 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}: got {value!r}.")
+
+
+def check_arguments(name: str, arguments: Iterable[str], cls: type) -> None:
+    """
+    :param name: of an argument that holds arguments of a constructor
+    :param arguments: their names
+    :param cls: class of the constructor
+    :raises TypeError: if it takes no such arguments
+    """
+    taken: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:  # as far as arguments are handed on
+        parameters = inspect.signature(base).parameters
+        taken.update(parameters)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    unknown = [argument for argument in arguments if argument not in taken]
+    if unknown:
+        variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        names = sorted(name for name, parameter in taken.items() if parameter.kind not in variable)
+        raise TypeError(f"`{name}` must be arguments of {cls.__name__}, {', '.join(names)}: got {', '.join(unknown)}.")
 
 
 class ActionSpaceError(ValueError, AssertionError):

@@ -35,6 +35,14 @@ def register_robotics(env: EnvSpec | str) -> None:
             gym.register_envs(robotics)
 
 
+def needs_robotics(recorded: EnvSpec) -> bool:
+    """
+    :param recorded: spec of an environment, as it stands in the data
+    :return: whether it is one of gymnasium-robotics, which is not installed
+    """
+    return "gymnasium_robotics" in str(recorded.entry_point) and importlib.util.find_spec("gymnasium_robotics") is None
+
+
 def trusted_spec(recorded: EnvSpec) -> EnvSpec | None:
     """
     The environment registered here under the id of a recorded spec, with the recorded settings. A recorded entry point, which

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from sb3_diffusion.datasets.arrays import flatten_observations
-from sb3_diffusion.datasets.env_specs import register_robotics
+from sb3_diffusion.datasets.env_specs import needs_robotics, register_robotics
 from sb3_diffusion.datasets.loading import load_dataset, open_minari_source
 from sb3_diffusion.datasets.minari_dataset import known_environment
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset
@@ -126,6 +126,11 @@ def make_env(source: Any, **kwargs: Any) -> gym.Env:
     :raises ImportError: if a package is missing; names the extra to install
     """
     recorded = open_minari_source(source)
+    if recorded is not None and recorded.env_spec is not None and needs_robotics(recorded.env_spec):
+        raise ImportError(
+            f"The environment {recorded.env_spec.id} needs a package that is missing, gymnasium-robotics: "
+            'pip install "sb3-diffusion[robotics]".'
+        )
     spec = None if recorded is None else known_environment(recorded)
     if recorded is None or _limit_is_absurd(spec, _recorded_lengths(recorded)):
         source = load_dataset(source if recorded is None else recorded)
@@ -190,25 +195,27 @@ def make_from_spec(spec: EnvSpec, **kwargs: Any) -> gym.Env:
 
 def find_dataset(env: Any) -> OfflineDataset | None:
     """
-    Ask an environment for its data: D4RL's ``get_dataset()``, through all wrappers and vectorised environments.
+    Ask an environment for its data: D4RL's ``get_dataset()``, through all wrappers and vectorised environments. What lies
+    below a ``VecFrameStack`` is stacked as it does.
 
     :param env: a Gymnasium env or an SB3 VecEnv; of several envs the first is asked
     :return: the dataset, or None if the environment brings none
     :raises ValueError: if what it brings is bad data
     """
-    node = env
+    node, n_stack = env, 1
     while node is not None:
         if callable(getattr(type(node), "get_dataset", None)) or "get_dataset" in getattr(node, "__dict__", {}):
-            return _loaded(node.get_dataset(), node)
+            return _loaded(node.get_dataset(), node, n_stack)
         children = node.__dict__
         if "venv" in children:  # VecEnvWrapper
+            n_stack *= getattr(children.get("stacked_obs"), "n_stack", 1)  # VecFrameStack
             node = children["venv"]
         elif "envs" in children:  # DummyVecEnv
             node = children["envs"][0]
         elif hasattr(type(node), "env_method"):  # SubprocVecEnv: the env lives in another process
             if not node.has_attr("get_dataset"):
                 return None
-            return _loaded(node.env_method("get_dataset", indices=0)[0], node)
+            return _loaded(node.env_method("get_dataset", indices=0)[0], node, n_stack)
         else:
             node = children.get("env")
     return None
@@ -235,20 +242,22 @@ def _spec_of(env: Any) -> EnvSpec | None:
     return spec if isinstance(spec, EnvSpec) else None
 
 
-def _loaded(source: Any, owner: Any) -> OfflineDataset:
+def _loaded(source: Any, owner: Any, n_stack: int) -> OfflineDataset:
     """
     :param source: what an environment's ``get_dataset`` returned
     :param owner: the environment
+    :param n_stack: how many observations are stacked around it
     :return: the flat dataset; what the arrays do not tell is taken from the environment
     """
-    if isinstance(source, OfflineDataset):
-        return source
-    return load_dataset(
-        source,
-        env_spec=_spec_of(owner),
-        observation_space=owner.observation_space,
-        action_space=owner.action_space,
-    )
+    dataset = source
+    if not isinstance(source, OfflineDataset):
+        dataset = load_dataset(
+            source,
+            env_spec=_spec_of(owner),
+            observation_space=owner.observation_space,
+            action_space=owner.action_space,
+        )
+    return dataset.stack(n_stack) if n_stack > 1 and dataset.n_stack == 1 else dataset
 
 
 def _recorded_lengths(dataset: Any) -> np.ndarray:
