@@ -278,6 +278,13 @@ def test_arguments_that_the_policy_does_not_take(spec: AlgoSpec) -> None:
     with pytest.raises(TypeError, match=r"arguments of \w+, .*optimizer_class.*: got no_such_layer"):
         spec.make(POINT_GOAL_ENV, policy="MultiInputPolicy", policy_kwargs=dict(no_such_layer=3))
 
+    class OwnPolicy(spec.cls.policy_aliases["MlpPolicy"]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.own = kwargs.pop("own")
+            super().__init__(*args, **kwargs)
+
+    assert spec.make(POINT_ENV, policy=OwnPolicy, policy_kwargs=dict(own=3)).policy.own == 3
+
 
 def test_rewards_are_not_changed_twice(box_dataset: OfflineDataset) -> None:
     small = dict(dataset=box_dataset, normalize_observations=False, policy_kwargs=dict(net_arch=[8]), device="cpu")

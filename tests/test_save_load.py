@@ -780,13 +780,18 @@ def test_a_replay_file_of_another_kind_of_buffer(tmp_path: Path) -> None:
         ("Diffuser", dict(gamma=0.5, horizon=8, padding="zeros", termination_penalty=-3.0)),
     ],
 )
-def test_what_is_drawn_from_a_replay_file_is_as_the_model_has_it(name: str, now: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("without_buffer", [False, True])
+def test_what_is_drawn_from_a_replay_file_is_as_the_model_has_it(
+    without_buffer: bool, name: str, now: dict[str, Any], tmp_path: Path
+) -> None:
     """The stored steps come from the file, and all else is as if this model had collected them."""
     spec = next(spec for spec in ALGOS if spec.name == name)
     kwargs: dict[str, Any] = dict(buffer_size=50, learning_starts=100)  # all actions are random ones, from the seed
     spec.make(POINT_ENV, **kwargs).learn(70).save_replay_buffer(tmp_path / "steps.zip")
     expected = spec.make(POINT_ENV, **kwargs, **now).learn(70)
     other = spec.make(POINT_ENV, **kwargs, **now)
+    if without_buffer:  # as SB3's users do before they load
+        del other.replay_buffer
     other.load_replay_buffer(tmp_path / "steps.zip")
     for name in expected.replay_buffer.sampling_options:
         assert getattr(other.replay_buffer, name) == getattr(expected.replay_buffer, name), name

@@ -16,11 +16,11 @@ from algos import AlgoSpec
 from envs import POINT_ENV
 
 import sb3_diffusion
-from sb3_diffusion import ALGORITHMS, DTQL
+from sb3_diffusion import ALGORITHMS, DTQL, Diffuser, PDTracker
 from sb3_diffusion.common.utils import CosineSchedule, policy_alias
 from sb3_diffusion.search_spaces import suggest, to_arguments
 from sb3_diffusion.zoo.__main__ import main
-from sb3_diffusion.zoo.presets import expand, parse_schedules
+from sb3_diffusion.zoo.presets import expand, parse_texts
 
 needs_zoo = pytest.mark.skipif(importlib.util.find_spec("rl_zoo3") is None, reason="rl_zoo3 is not installed")
 DATASET = "sb3-diffusion/pendulum/mixed-v0"
@@ -167,7 +167,7 @@ def test_search_spaces_give_models(spec: AlgoSpec) -> None:
 
 
 def test_schedules_from_text() -> None:
-    parsed: dict[str, Any] = parse_schedules(
+    parsed: dict[str, Any] = parse_texts(
         dict(
             learning_rate="cosine_3e-4", critic_learning_rate="lin_1e-3", value_learning_rate="linear_1e-3_0.25", policy="a_b"
         )
@@ -178,7 +178,14 @@ def test_schedules_from_text() -> None:
     assert parsed["policy"] == "a_b"
     for text in ("cosin_3e-4", "cosine_fast", "linear_1_2_3", "1e-3"):
         with pytest.raises(ValueError, match="`learning_rate` must be a number"):
-            parse_schedules(dict(learning_rate=text))
+            parse_texts(dict(learning_rate=text))
+
+
+def test_tracker_from_text() -> None:
+    assert vars(parse_texts(dict(tracker="pd"))["tracker"]) == vars(PDTracker())
+    assert expand(Diffuser, dict(preset="maze2d-umaze"))["tracker"] == "pd"
+    with pytest.raises(ValueError, match="`tracker` must be 'pd'"):
+        parse_texts(dict(tracker="pid"))
 
 
 def test_what_stands_beside_a_preset_wins() -> None:

@@ -23,7 +23,7 @@ from sb3_diffusion.common.utils import policy_alias
 from sb3_diffusion.datasets.env_specs import register_robotics
 from sb3_diffusion.evaluation import EvaluationResult, bootstrap_interval
 from sb3_diffusion.sweep.arguments import algorithm_name, check_names, is_name, read_value, with_changes
-from sb3_diffusion.zoo.presets import parse_schedules
+from sb3_diffusion.zoo.presets import parse_texts
 
 if TYPE_CHECKING:
     from sb3_diffusion.common.base_class import OfflineAlgorithm
@@ -136,7 +136,7 @@ def read_changes(changes: Sequence[str]) -> dict[str, Any]:
         if not equals or not is_name(name):
             raise ValueError(f"Expected settings as name=value, such as batch_size=64: got {change!r}.")
         values[name] = read_value(name, value)
-    return parse_schedules(values)
+    return parse_texts(values)
 
 
 def make_model(

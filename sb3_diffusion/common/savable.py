@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
@@ -244,6 +245,10 @@ class SavableAlgorithm(OffPolicyAlgorithm):
             super().set_parameters(before, exact_match=True, device=device)  # type: ignore[arg-type]
             raise
 
+    def _make_replay_buffer(self) -> ReplayBuffer:
+        """:return: a new buffer of online transitions"""
+        raise NotImplementedError
+
     def save_replay_buffer(self, path: PathOrFile) -> None:  # type: ignore[override]
         """
         Save the replay buffer of online transitions to one zip of JSON and safetensors, atomically and without pickle.
@@ -264,7 +269,8 @@ class SavableAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: if it is of another class than the model's, was filled from other spaces or another number of
             environments
         """
-        own = type(self.replay_buffer)
+        own = self.replay_buffer_class
+        assert own is not None
         buffer = load_replay_buffer(path, device=self.device, custom_objects={full_name(own): own})
         if type(buffer) is not own:
             raise ValueError(
@@ -282,7 +288,9 @@ class SavableAlgorithm(OffPolicyAlgorithm):
             )
         buffer.device = self.device
         if isinstance(buffer, EpisodeReplayBuffer):
-            sampling = {name: getattr(self.replay_buffer, name) for name in buffer.sampling_options}
+            ours = getattr(self, "replay_buffer", None)
+            ours = self._make_replay_buffer() if ours is None else ours
+            sampling = {name: getattr(ours, name) for name in buffer.sampling_options}
             if any(getattr(buffer, name) != value for name, value in sampling.items()):
                 buffer.set_state({**buffer.get_state(), **sampling})
             buffer.generator = self.generator

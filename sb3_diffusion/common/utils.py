@@ -204,11 +204,13 @@ def check_arguments(name: str, arguments: Iterable[str], cls: type) -> None:
     :raises TypeError: if it takes no such arguments
     """
     taken: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:  # as far as arguments are handed on
+    for base in cls.__mro__:
         parameters = inspect.signature(base).parameters
         taken.update(parameters)
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
+        if not base.__module__.startswith("sb3_diffusion."):
+            return  # what it takes out of its `**kwargs` nobody knows
     unknown = [argument for argument in arguments if argument not in taken]
     if unknown:
         variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

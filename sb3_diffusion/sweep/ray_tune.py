@@ -30,7 +30,7 @@ from sb3_diffusion.sweep.arguments import with_changes
 from sb3_diffusion.sweep.results import SweepResults
 from sb3_diffusion.sweep.running import source_of
 from sb3_diffusion.sweep.settings import SweepSettings
-from sb3_diffusion.zoo.presets import parse_schedules
+from sb3_diffusion.zoo.presets import parse_texts
 
 RAY_FOLDER = "trials"
 REDUCTION_FACTOR = 3  # of early stopping: the best third goes on
@@ -181,7 +181,7 @@ def constructor_arguments(algorithm: type[OfflineAlgorithm], trial: Mapping[str,
     arguments = {} if preset is None else dict(algorithm.preset(preset))
     arguments.pop("default_total_timesteps", None)
     arguments.update(search_spaces.to_arguments(trial.get("search", {})))
-    return parse_schedules(with_changes(arguments, params))
+    return parse_texts(with_changes(arguments, params))
 
 
 class _Report(BaseCallback):

@@ -10,7 +10,7 @@ from typing import Any
 from sb3_diffusion import ALGORITHMS
 from sb3_diffusion.common.utils import check_range
 from sb3_diffusion.sweep.arguments import algorithm_name, check_names
-from sb3_diffusion.zoo.presets import parse_schedules
+from sb3_diffusion.zoo.presets import parse_texts
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SweepSettings:
         check_range("retries", self.retries, 0)
         for name, values in self.params.items():
             for value in values:
-                parse_schedules({name: value})
+                parse_texts({name: value})
         several = [name for name, values in self.params.items() if len(values) != 1]
         if self.samples > 0 and several:
             raise ValueError(

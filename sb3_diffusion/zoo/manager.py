@@ -54,7 +54,7 @@ class DiffusionExperimentManager(ExperimentManager):
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
         if self.algo not in ALGORITHMS:
             return super()._preprocess_hyperparams(hyperparams)
-        parsed = presets.parse_schedules(hyperparams)
+        parsed = presets.parse_texts(hyperparams)
         # RL Zoo takes a text for a schedule of its own and refuses schedules that are ready.
         schedules = {key: value for key, value in parsed.items() if isinstance(hyperparams[key], str) and callable(value)}
         rest = {key: value for key, value in parsed.items() if key not in schedules}

@@ -1,4 +1,4 @@
-"""Hyperparameters in the notation of RL Zoo's files: made from the presets of the algorithms, and learning rates read back."""
+"""Hyperparameters in the notation of RL Zoo's files: made from the presets of the algorithms, and read back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_diffusion.common.base_class import OfflineAlgorithm
 from sb3_diffusion.common.utils import CosineSchedule
+from sb3_diffusion.diffuser import PDTracker
 
 
 def expand(algorithm: type[OfflineAlgorithm], section: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,19 +39,27 @@ def sections(algorithm: type[OfflineAlgorithm]) -> dict[str, dict[str, Any]]:
     return {"default": expand(algorithm, {}), **{name: expand(algorithm, {"preset": name}) for name in algorithm.presets}}
 
 
-def parse_schedules(section: Mapping[str, Any]) -> dict[str, Any]:
+def parse_texts(section: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Turn learning rates that are written as text into schedules: ``lin_3e-4`` or ``linear_3e-4`` falls to 0 over the run,
-    ``linear_3e-4_0.25`` within its first quarter, ``cosine_3e-4`` along half a cosine.
+    Turn what is written as text into objects. Learning rates, in each entry whose name ends in ``learning_rate``: ``lin_3e-4``
+    or ``linear_3e-4`` falls to 0 over the run, ``linear_3e-4_0.25`` within its first quarter, ``cosine_3e-4`` along half a
+    cosine. ``tracker: pd`` is a ``PDTracker()``.
 
     :param section: of a hyperparameter file
-    :return: the same with schedules, in each entry whose name ends in ``learning_rate``
+    :return: the same with objects
     :raises ValueError: if a text cannot be read
     """
-    return {
-        key: _parse_schedule(key, value) if key.endswith("learning_rate") and isinstance(value, str) else value
-        for key, value in section.items()
-    }
+    return {key: _parse(key, value) if isinstance(value, str) else value for key, value in section.items()}
+
+
+def _parse(key: str, text: str) -> Any:
+    if key.endswith("learning_rate"):
+        return _parse_schedule(key, text)
+    if key == "tracker":
+        if text != "pd":
+            raise ValueError(f"`tracker` must be 'pd': got {text!r}. Give others in Python.")
+        return PDTracker()
+    return text
 
 
 def _parse_schedule(key: str, text: str) -> Callable[[float], float]:
@@ -71,6 +80,8 @@ def _to_text(key: str, value: Any) -> Any:
         return f"cosine_{value.initial}"
     if isinstance(value, LinearSchedule) and value.end == 0.0:
         return f"linear_{value.start}_{value.end_fraction}"
+    if isinstance(value, PDTracker) and vars(value) == vars(PDTracker()):
+        return "pd"
     if key.endswith("_kwargs"):
         return _to_python(value)
     if value is None or isinstance(value, bool | int | float | str):
