@@ -686,6 +686,31 @@ def test_errors_of_plan() -> None:
         model.predict((observations, {}))
 
 
+def test_layer_sizes_as_sb3_gives_them() -> None:
+    """Channels of the levels; the value's last level is a multiple of 64 wide."""
+
+    def policy(net_arch: Any, **kwargs: Any) -> DiffuserPolicy:
+        return DiffuserPolicy(box(OBS_DIM), box(ACTION_DIM), lambda _: 1e-3, horizon=8, net_arch=net_arch, **kwargs)
+
+    def shapes(network: th.nn.Module) -> dict[str, th.Size]:
+        return {name: value.shape for name, value in network.state_dict().items()}
+
+    def unet(part: str, base_width: int, *multipliers: int) -> dict[str, th.Size]:
+        sizes = dict(base_width=base_width, multipliers=multipliers, kernel_size=3)
+        return shapes(getattr(policy(None, net_kwargs=sizes, with_value=part == "value"), part))
+
+    with_list = policy([16], net_kwargs=dict(kernel_size=3))
+    with_dict = policy(dict(pi=[24, 48], qf=[32, 72]), net_kwargs=dict(kernel_size=3))
+    assert (shapes(with_list.actor), shapes(with_list.value)) == (unet("actor", 16, 1), unet("value", 64, 1))
+    assert (shapes(with_dict.actor), shapes(with_dict.value)) == (unet("actor", 24, 1, 2), unet("value", 32, 1, 4))
+    assert with_dict.predict(np.zeros((2, OBS_DIM), np.float32))[0].shape == (2, ACTION_DIM)
+    transformer = policy([32, 32], backbone="transformer", net_kwargs=dict(n_heads=2)).actor.conditioned.net.trunk
+    assert len(transformer.blocks) == 2
+    for net_arch, kwargs in (([], {}), ([20], {}), ([32, 64], dict(backbone="transformer"))):
+        with pytest.raises(ValueError, match="`net_arch` of a"):
+            policy(net_arch, **kwargs)
+
+
 @pytest.mark.parametrize("shape", [(2,), (2, OBS_DIM), (1, 1, 4)])
 def test_goal_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="`goal`"):

@@ -1,5 +1,7 @@
 """Numbers that go wrong: training stops with their names, what was saved stays, and values that diverge are reported."""
 
+import warnings
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +93,29 @@ def test_environment(spec: AlgoSpec, what: str) -> None:
 
 def test_values_that_diverge(box_dataset: OfflineDataset) -> None:
     arguments: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[8]), gamma=0.9, device="cpu")
-    model = DiffusionQL("MlpPolicy", None, dataset=box_dataset, **arguments)
+    model = DiffusionQL("MlpPolicy", None, dataset=box_dataset, **arguments).learn(1)
     with th.no_grad():
         for parameter in model.policy.critic_target.parameters():
             parameter.mul_(1e3)
-    with pytest.warns(UserWarning, match="Action values diverge: at timestep 5 ") as caught:
-        model.learn(5)
+    with pytest.warns(UserWarning, match="Action values diverge: at timestep 6 ") as caught:
+        model.learn(5, reset_num_timesteps=False)
     assert sum("diverge" in str(warning.message) for warning in caught) == 1
     assert model.logger.name_to_value["train/target_size"] > 0.0
+
+
+def test_values_do_not_diverge_where_no_reward_has_come_yet(box_dataset: OfflineDataset) -> None:
+    """What an untrained critic tells is more than rewards of 0 allow."""
+    data = copy(box_dataset)
+    data.rewards = np.zeros_like(data.rewards)
+    model = DiffusionQL("MlpPolicy", None, dataset=data, policy_kwargs=dict(net_arch=[8]), device="cpu")
+    with th.no_grad():
+        for critic in (model.critic, model.critic_target):
+            for parameter in critic.parameters():
+                parameter.mul_(10.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(20, log_interval=1)
+    assert model.logger.name_to_value["train/target_size"] > 1.0
 
 
 def degenerate(case: str, n: int = 40) -> OfflineDataset:

@@ -17,7 +17,10 @@ from sb3_diffusion.common.utils import NonFiniteError, minimize
 DEFERRED_CHECK_INTERVAL = 100
 """Updates between looks at losses on a GPU, which waits at each look for the device."""
 DIVERGED = 10.0
-"""Mean size of the targets of action values, in shares of what the rewards allow, above which they are reported."""
+"""
+Mean size of the targets of action values above which they are reported, in shares of what the rewards allow, or of what an
+untrained critic told where that is more: while all rewards are 0, they allow nothing.
+"""
 
 
 class WatchedAlgorithm(SavableAlgorithm):
@@ -34,7 +37,8 @@ class WatchedAlgorithm(SavableAlgorithm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loss_sums: dict[str, tuple[th.Tensor, int]] = {}
-        self._reward_size: th.Tensor | None = None  # of the largest reward since the last log
+        self._reward_size: th.Tensor | None = None  # of the largest reward
+        self._first_target_size: th.Tensor | None = None
         self._diverges = False
         self._last_batch: Any = None
 
@@ -102,9 +106,12 @@ class WatchedAlgorithm(SavableAlgorithm):
 
     def _watch_targets(self, targets: th.Tensor, rewards: th.Tensor) -> None:
         """Log the mean size of the targets of action values; the next log compares it with the largest reward."""
-        self._add_loss("target_size", targets.abs().mean())
-        size = rewards.abs().max()
-        self._reward_size = size if self._reward_size is None else th.maximum(self._reward_size, size)
+        target_size, reward_size = targets.abs().mean(), rewards.abs().max()
+        self._add_loss("target_size", target_size)
+        if self._reward_size is None:
+            self._reward_size, self._first_target_size = reward_size, target_size.clone()
+        else:
+            self._reward_size = th.maximum(self._reward_size, reward_size)
 
     def _record_losses(self) -> None:
         means = self._mean_losses()
@@ -112,8 +119,9 @@ class WatchedAlgorithm(SavableAlgorithm):
             self.logger.record(f"train/{name}", mean)
         self._loss_sums.clear()
         if self._reward_size is not None and "target_size" in means and not self._diverges:
+            assert self._first_target_size is not None
             allowed = float(self._reward_size) / max(1.0 - self.gamma, 1e-3)
-            self._diverges = means["target_size"] > DIVERGED * allowed + 1.0
+            self._diverges = means["target_size"] > DIVERGED * max(allowed, float(self._first_target_size)) + 1.0
             if self._diverges:
                 warnings.warn(
                     f"Action values diverge: at timestep {self.num_timesteps} the mean size of their targets is "
@@ -136,7 +144,8 @@ class WatchedAlgorithm(SavableAlgorithm):
                 raise NonFiniteError(f"Weights of `{part}` are not finite, so that nothing is saved: {path} is as it was.")
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_loss_sums", "_reward_size", "_diverges", "_last_batch"]
+        of_the_run = "_loss_sums", "_reward_size", "_first_target_size", "_diverges", "_last_batch"
+        return [*super()._excluded_save_params(), *of_the_run]
 
 
 def all_finite(value: Any) -> bool:

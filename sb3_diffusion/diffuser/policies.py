@@ -1,11 +1,13 @@
 """Networks of Diffuser: a diffusion model of trajectory windows that plans, and a value of noisy windows that guides it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.torch_layers import get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
@@ -44,6 +46,27 @@ class Plan(NamedTuple):
     observations: Any
     actions: np.ndarray
     values: np.ndarray
+
+
+def net_sizes(backbone: str, net_arch: list[int], of_value: bool) -> dict[str, Any]:
+    """
+    Layer sizes as SB3 gives them, in the terms of the networks.
+
+    :param backbone: ``"unet"`` or ``"transformer"``
+    :param net_arch: channels of the levels, or of the blocks, which are all of one width
+    :param of_value: whether the network is a value, whose last level is made a multiple of 64 channels wide
+    :return: arguments of the network
+    :raises ValueError: if no such network can be built
+    """
+    if backbone == "transformer":
+        if len(set(net_arch)) != 1:
+            raise ValueError(f"`net_arch` of a transformer must hold one width for each block, all the same: got {net_arch}.")
+        return dict(width=net_arch[0], n_layers=len(net_arch))
+    if not net_arch or any(width < 8 or width % 8 for width in net_arch):
+        raise ValueError(f"`net_arch` of a U-Net must hold channels of one level or more, multiples of 8: got {net_arch}.")
+    widths = [*net_arch[:-1], 64 * math.ceil(net_arch[-1] / 64)] if of_value else net_arch
+    base_width = math.gcd(*widths)
+    return dict(base_width=base_width, multipliers=[width // base_width for width in widths])
 
 
 def make_planner_net(backbone: str, layout: WindowLayout, net_kwargs: dict[str, Any]) -> nn.Module:
@@ -373,7 +396,9 @@ class DiffuserPolicy(DiffusionPolicy):
     :param goal_conditioned: the end of a window is given
     :param normalization: ``"gaussian"`` or ``"limits"``
     :param backbone: ``"unet"`` or ``"transformer"``
-    :param net_kwargs: sizes of the networks: ``base_width``, ``multipliers``, ``kernel_size`` and ``attention`` of
+    :param net_arch: channels of the U-Net's levels, such as ``[32, 64, 128]``, or of the transformer's blocks, such as
+        ``[256, 256]``; a dict with ``pi`` for the planner and ``qf`` for the value; None for the defaults of the networks
+    :param net_kwargs: further sizes of the networks: ``base_width``, ``multipliers``, ``kernel_size`` and ``attention`` of
         [TemporalUnet][sb3_diffusion.diffuser.networks.TemporalUnet], or ``width``, ``n_layers`` and ``n_heads`` of
         [TrajectoryTransformer][sb3_diffusion.diffuser.networks.TrajectoryTransformer]
     :param optimizer_class: class of the optimisers
@@ -410,6 +435,7 @@ class DiffuserPolicy(DiffusionPolicy):
         goal_conditioned: bool = False,
         normalization: str = "gaussian",
         backbone: str = "unet",
+        net_arch: list[int] | dict[str, list[int]] | None = None,
         net_kwargs: dict[str, Any] | None = None,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -444,6 +470,7 @@ class DiffuserPolicy(DiffusionPolicy):
             goal_conditioned=goal_conditioned,
             normalization=normalization,
             backbone=backbone,
+            net_arch=net_arch,
             net_kwargs=net_kwargs,
             noise_schedule=noise_schedule,
             n_diffusion_steps=n_diffusion_steps,
@@ -468,11 +495,16 @@ class DiffuserPolicy(DiffusionPolicy):
             goal_conditioned=goal_conditioned,
             normalization=normalization,
             backbone=backbone,
-            net_kwargs=net_kwargs,
             average=True,
         )
+        planner_sizes = value_sizes = net_kwargs or {}
+        if net_arch is not None:
+            planner_arch, value_arch = get_actor_critic_arch(net_arch)
+            planner_sizes = {**net_sizes(backbone, planner_arch, of_value=False), **planner_sizes}
+            value_sizes = {**net_sizes(backbone, value_arch, of_value=True), **value_sizes}
         self.actor = TrajectoryActor(
             **window_arguments,
+            net_kwargs=planner_sizes,
             noise_schedule=noise_schedule,
             n_diffusion_steps=n_diffusion_steps,
             prediction_type=prediction_type,
@@ -480,7 +512,7 @@ class DiffuserPolicy(DiffusionPolicy):
             sampler=sampler,
             n_sampling_steps=n_sampling_steps,
         )
-        self.value = TrajectoryValue(**window_arguments) if with_value else None
+        self.value = TrajectoryValue(**window_arguments, net_kwargs=value_sizes) if with_value else None
         for network in self.trained_networks:
             network.optimizer = self.make_optimizer(network, lr_schedule(1.0))
         self.set_training_mode(False)
