@@ -48,19 +48,21 @@ class Method(NamedTuple):
 
 
 # As many updates with a learning rate above 0 as the presets have in their 50,000
+RATES_THAT_END: dict[str, Any] = dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))
 DIFFUSION_QL: dict[str, Any] = dict(learning_rate=LinearSchedule(3e-4, 0.0, 0.625))
-BELLMAN_DIFFUSION: dict[str, Any] = dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))
 METHODS = {
     "BehaviorCloning": Method("bc"),
+    "BehaviorCloning, rates that end": Method("bc", None, RATES_THAT_END),
     "TD3BC": Method("td3_bc"),
-    "DTQL": Method("dtql", "locomotion", dict(learning_rate=LinearSchedule(3e-4, 0.0, 1.0))),
+    "TD3BC, rates that end": Method("td3_bc", None, RATES_THAT_END),
+    "DTQL": Method("dtql", "locomotion", RATES_THAT_END),
     "DiffusionQL": Method("diffusion_ql", "locomotion", DIFFUSION_QL),
     "DiffusionQL, 2 sampling steps": Method("diffusion_ql", "locomotion", dict(DIFFUSION_QL, n_sampling_steps=2)),
     "DiffSR": Method("diffsr", "small"),
     "DiffSR, rates that end": Method("diffsr", "locomotion"),
-    "BellmanDiffusion": Method("bellman_diffusion", "locomotion", BELLMAN_DIFFUSION),
-    "BellmanDiffusion, temperature 0.3": Method("bellman_diffusion", "locomotion", dict(BELLMAN_DIFFUSION, temperature=0.3)),
-    "BellmanDiffusion, temperature 1": Method("bellman_diffusion", "locomotion", dict(BELLMAN_DIFFUSION, temperature=1.0)),
+    "BellmanDiffusion": Method("bellman_diffusion", "locomotion", RATES_THAT_END),
+    "BellmanDiffusion, temperature 0.3": Method("bellman_diffusion", "locomotion", dict(RATES_THAT_END, temperature=0.3)),
+    "BellmanDiffusion, temperature 1": Method("bellman_diffusion", "locomotion", dict(RATES_THAT_END, temperature=1.0)),
     "Diffuser": Method(
         "diffuser",
         None,
@@ -88,7 +90,8 @@ TEXT = (
     "method has one setting for all data (`benchmarks/comparison.py`), and some have a second one for comparison. DTQL, "
     "DiffusionQL, BellmanDiffusion and DiffSR (*rates that end*) have their presets `locomotion`, with learning rates that "
     "fall to 0 over 20,000 updates (DiffusionQL 12,500); rows of BellmanDiffusion with a *temperature* differ in it from the "
-    "preset, which has 3. DiffSR without that addition is the preset `small`, with constant rates. Diffuser has a U-Net of "
+    "preset, which has 3. DiffSR without that addition is the preset `small`, with constant rates. Behaviour cloning and TD3+BC "
+    "have constant rates, as published, and falling ones in rows of their own. Diffuser has a constant rate, a U-Net of "
     "three levels, horizon 8, no guidance, and makes a new plan of two DDIM steps for every action. Published runs "
     "take 1,000,000 updates or more. Steps / s and times come from machines of several kinds that did other work too, and "
     "from runs with and without `--compile`: the tables on speed are the ones to quote."
