@@ -18,6 +18,7 @@ FEATURES = (
     "pretraining",
     "extractors",
     "stateless",
+    "critics",
 )
 
 
@@ -81,9 +82,10 @@ WITHOUT_IN_DIFFUSER = (
     "pretraining",
     "extractors",
     "stateless",
+    "critics",
 )
 
-WITHOUT_IN_BELLMAN_DIFFUSION = ("images", "her", "n_steps", "multi_discrete", "reward_transform")
+WITHOUT_IN_BELLMAN_DIFFUSION = ("images", "her", "n_steps", "multi_discrete", "reward_transform", "critics")
 
 ALGOS = [
     AlgoSpec(

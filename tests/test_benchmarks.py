@@ -52,15 +52,14 @@ def make_model(dataset: OfflineDataset, seed: int) -> DTQL:
 
 
 def start(dataset: OfflineDataset, folder: Path, /, name: str = "DTQL", seed: int = 0, **kwargs) -> dict:
-    arguments: dict = dict(env=ENV_ID, n_evaluations=3, n_eval_episodes=2, workdir=folder / "work") | kwargs
+    defaults: dict = dict(env=ENV_ID, n_evaluations=3, n_eval_episodes=2, total_timesteps=12, workdir=folder / "work")
     return harness.run(
         name,
         seed,
         lambda: make_model(dataset, seed),
         lambda path: DTQL.load(path, env=ENV_ID, dataset=dataset, device="cpu"),
-        12,
         result_file=folder / "results" / "pendulum.json",
-        **arguments,
+        **defaults | kwargs,
     )
 
 
@@ -100,6 +99,23 @@ def test_finished_run_is_not_repeated(dataset, tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "results" / "pendulum.json").is_file()
     with pytest.raises(ValueError, match=r"belongs to a run with n_evaluations 3 \(here 2\): choose another folder"):
         start(dataset, tmp_path, n_evaluations=2)
+
+
+@pytest.mark.parametrize("other", [dict(n_evaluations=2), dict(n_eval_episodes=1), dict(total_timesteps=15)])
+def test_seeds_of_one_name_are_equally_long(dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict):
+    """Refused before training, and before anything is written; another name may differ."""
+    start(dataset, tmp_path)
+    file = tmp_path / "results" / "pendulum.json"
+    content = file.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(DTQL, "learn", lambda *args, **kwargs: pytest.fail("trained"))
+        ((key, value),) = other.items()
+        with pytest.raises(ValueError, match=rf"'DTQL' with seed 0 and {key} \d+ \(here {value}\).* another name or another"):
+            start(dataset, tmp_path, seed=1, **other)
+    assert file.read_text() == content and len(list((tmp_path / "work").glob("*/*"))) == 1
+    start(dataset, tmp_path, seed=1)
+    start(dataset, tmp_path, name="other", **other)
+    assert len(json.loads(file.read_text())["runs"]) == 3
 
 
 def test_run_of_another_task_is_refused(dataset, tmp_path: Path):

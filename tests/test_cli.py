@@ -1,5 +1,6 @@
 """The commands, run in this process as the shell would run them."""
 
+import copy
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from envs import PointGoalEnv
 
 import sb3_diffusion
 import sb3_diffusion.cli as cli
-from sb3_diffusion import DTQL, Diffuser, load_dataset
+from sb3_diffusion import DTQL, Diffuser, OfflineDataset, load_dataset
 from sb3_diffusion.cli.shared import make_model, read_changes
 from sb3_diffusion.datasets import write_dataset
 
@@ -71,6 +72,17 @@ def log_file(tmp_path: Path) -> Path:
         for key, values in columns.items():
             file[key] = np.asarray(values)
     return path
+
+
+@pytest.fixture
+def recorded_file(log_file: Path, tmp_path: Path) -> Path:
+    """The same log, which says that it was recorded in episodes of 5 steps at half the gravity."""
+    env = gym.make(ENV_ID)
+    spec = copy.deepcopy(env.spec)
+    spec.max_episode_steps, spec.kwargs = 5, {"g": 5.0}
+    spaces = dict(observation_space=env.observation_space, action_space=env.action_space)
+    write_dataset(load_dataset(str(log_file), env_spec=spec, **spaces), tmp_path / "recorded.npz")
+    return tmp_path / "recorded.npz"
 
 
 def run(*args: object) -> int:
@@ -135,6 +147,57 @@ def test_evaluate_knows_the_dataset_of_the_training(log_file: Path, tmp_path: Pa
     assert run(*evaluate) == 1  # the environment is that of the dataset
     assert "log.npz" in capsys.readouterr().err
     assert run(*evaluate, "--env", ENV_ID, "--dataset", "other.npz") == 1  # what was asked for is not left out
+
+
+def test_environments_are_played_as_recorded(
+    recorded_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Unless the user names one: with the recorded settings and length of episodes, as the model's own environment."""
+    gravity: list[float] = []
+    pendulum = gym.envs.classic_control.PendulumEnv
+    make = pendulum.__init__
+
+    def make_and_look(self, *args, **kwargs) -> None:
+        make(self, *args, **kwargs)
+        gravity.append(self.g)
+
+    monkeypatch.setattr(pendulum, "__init__", make_and_look)
+    small = ("--device", "cpu", "--set", "policy_kwargs.net_arch=[8]", "batch_size=4")
+    once = ("--dataset", recorded_file, "--steps", 1, *small, "--episodes", 1)
+    assert run("train", *once, "--eval-every", 1, "--out", "run") == 0
+    assert np.load("run/evaluations.npz")["ep_lengths"].tolist() == [[5]]
+    capsys.readouterr()
+    for named in ((), ("--dataset", recorded_file)):
+        assert run("evaluate", "run/model.zip", *named, "--episodes", 2, "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["lengths"], report["env"]) == ([5, 5], ENV_ID)
+    assert run("benchmark", *once, "--evaluations", 1, "--seeds", 0, "--out", "b") == 0
+    (record,) = json.loads(Path("b/results.json").read_text())["runs"].values()
+    assert (record["evaluations"][0]["lengths"], record["env"]) == ([5], ENV_ID)
+    assert run("benchmark", "speed", *once, "--out", "b") == 0
+    assert run("demo", "--dataset", recorded_file, "--steps", 8, "--episodes", 1, "--out", "demo") == 0
+    assert set(np.load("demo/evaluations.npz")["ep_lengths"].flat) == {5}
+    assert len(gravity) > 0 and set(gravity) == {5.0}
+
+    assert run("evaluate", "run/model.zip", "--env", ENV_ID, "--episodes", 1, "--json") == 0
+    assert gravity[-1] == 10.0
+
+
+def test_packages_are_measured_as_recorded(recorded_file: Path, tmp_path: Path):
+    pytest.importorskip("huggingface_hub")
+    assert run("train", "--dataset", recorded_file, "--steps", 1, "--episodes", 0, "--out", "run") == 0
+    assert run("package", "run/model.zip", "hub", "--episodes", 1) == 0
+    results = json.loads(Path("hub/results.json").read_text())
+    assert (results["evaluation"]["lengths"], results["env"]) == ([5], ENV_ID)
+
+
+def test_films_are_made_as_recorded(recorded_file: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("imageio")
+    pytest.importorskip("pygame")
+    assert run("train", "--dataset", recorded_file, "--steps", 1, "--episodes", 0, "--out", "run") == 0
+    capsys.readouterr()
+    assert run("record", "run/model.zip", "--out", "film.gif") == 0
+    assert capsys.readouterr().out.startswith("5 steps, return")
 
 
 def test_settings_as_dotted_names_and_schedules(tmp_path: Path):
@@ -204,6 +267,52 @@ def test_interrupted_run_goes_on_exactly(log_file: Path, tmp_path: Path, monkeyp
     assert whole.keys() == parts.keys() and len(whole) > 10
     for name, value in whole.items():
         assert th.equal(value, parts[name]), name
+
+
+def interrupt_predictions_at(timesteps: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the first evaluation of a model of that seed with so many timesteps."""
+    predict, sent = DTQL.predict, []
+
+    def predict_and_signal(self: DTQL, *args, **kwargs):
+        if (self.num_timesteps, self.seed) == (timesteps, seed) and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(DTQL, "predict", predict_and_signal)
+
+
+@pytest.mark.parametrize(("episodes", "status"), [(0, 0), (1, 130)])
+def test_interrupted_after_the_last_step(
+    episodes: int, status: int, recorded_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """All steps are done, so that the run is finished; what is left is the evaluation at the end, if there is one."""
+    interrupt_predictions_at(2, 0, monkeypatch)
+    options = ("--steps", 2, "--seed", 0, "--device", "cpu", "--eval-every", 2, "--episodes", episodes, "--out", "run")
+    assert run("train", "--dataset", recorded_file, *options) == status
+    assert DTQL.load("run/model").num_timesteps == 2 and not Path("run/interrupted.zip").exists()
+    output = capsys.readouterr().out
+    assert ("sb3-diffusion evaluate run/model.zip" in output) == (episodes > 0)
+    assert "Return per episode" not in output
+
+
+def test_interrupted_last_evaluation_of_a_benchmark_run(recorded_file: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """The next seed is not begun; after the last one nothing is left that could be stopped."""
+    small = ("--device", "cpu", "--out", "b", "--set", "policy_kwargs.net_arch=[8]", "batch_size=4")
+    curve = ("benchmark", "--dataset", recorded_file, "--steps", 2, "--evaluations", 2, "--episodes", 1, "--seeds", 0, 1)
+
+    def finished() -> list[int]:
+        return [record["seed"] for record in json.loads(Path("b/results.json").read_text())["runs"].values()]
+
+    with monkeypatch.context() as patch:
+        interrupt_predictions_at(2, 0, patch)
+        assert run(*curve, *small) == 130
+    assert "The same command goes on from here" in capsys.readouterr().out
+    assert finished() == [0] and not list(Path("b/work/results").glob("*seed1"))
+    with monkeypatch.context() as patch:
+        interrupt_predictions_at(2, 1, patch)
+        assert run(*curve, *small) == 0
+    assert finished() == [0, 1] and Path("b/report.html").is_file()
 
 
 def test_online_run_keeps_its_replay_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -314,6 +423,30 @@ def test_evaluations_and_log_of_a_resumed_run(log_file: Path, tmp_path: Path, mo
     assert {path.name for path in parts.glob("log_from_*")} == {"log_from_0", "log_from_5"}
     assert (parts / "log_from_5" / "progress.csv").is_file() and list((parts / "log_from_0").glob("events.out.tfevents*"))
     assert run("train", "--resume", parts / "interrupted.zip", "--steps", 9, "--set", "gamma=0.9") == 1
+
+
+def test_successes_of_a_resumed_run(box_dataset: OfflineDataset, tmp_path: Path):
+    """They are kept with the other numbers, also where only the last evaluations have them."""
+    write_dataset(box_dataset, tmp_path / "log.npz")
+    options = ("--seed", 0, "--device", "cpu", "--eval-every", 1, "--episodes", 2, "--out", "run")
+    assert run("train", "--dataset", tmp_path / "log.npz", "--steps", 2, *options) == 0
+    before = dict(np.load("run/evaluations.npz"))
+    assert run("train", "--resume", "run/model.zip", "--steps", 3, "--device", "cpu") == 0
+    after = dict(np.load("run/evaluations.npz"))
+    assert after["successes"].shape == after["results"].shape == (3, 2)
+    np.testing.assert_array_equal(after["successes"][:2], before["successes"])
+    np.savez("run/evaluations.npz", **{**after, "successes": after["successes"][1:]})
+    assert run("train", "--resume", "run/model.zip", "--steps", 4, "--device", "cpu") == 0
+    assert np.load("run/evaluations.npz")["successes"].shape == (3, 2)
+
+
+def test_films_beside_models_with_a_dot_in_the_name(tmp_path: Path):
+    pytest.importorskip("imageio")
+    DTQL("MlpPolicy", FILM_ENV, policy_kwargs=dict(net_arch=[8]), device="cpu").save(tmp_path / "dtql_lr0.001.zip")
+    for name in ("dtql_lr0.001.zip", "dtql_lr0.001"):
+        assert run("record", name, "--env", FILM_ENV, "--max-steps", 2) == 0
+        for suffix in (".mp4", ".gif"):
+            (tmp_path / f"dtql_lr0.001{suffix}").unlink()
 
 
 def test_record(tmp_path: Path, capsys: pytest.CaptureFixture):

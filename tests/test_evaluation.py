@@ -1,5 +1,6 @@
 """Evaluation: counting of episodes, seeds, normalisation, and intervals against slow ones written out."""
 
+import copy
 from collections.abc import Callable
 
 import gymnasium as gym
@@ -166,6 +167,41 @@ def test_plain_env_gets_the_statistics_of_training():
     np.testing.assert_allclose(own.returns, result.returns, rtol=1e-5)
     np.testing.assert_array_equal(venv.obs_rms.mean, mean_before)
     assert venv.training and venv.norm_reward
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+@pytest.mark.parametrize("own_norm_obs", [True, False])
+def test_env_with_other_statistics_gets_those_of_training_for_a_while(norm_obs: bool, own_norm_obs: bool):
+    def make(norm_obs: bool) -> VecNormalize:
+        return VecNormalize(DummyVecEnv([lambda: Monitor(CountEnv(3))]), norm_obs=norm_obs, clip_obs=5.0 + norm_obs)
+
+    venv, other = make(norm_obs), make(own_norm_obs)
+    model = TD3("MlpPolicy", venv, learning_starts=1000, policy_kwargs=dict(net_arch=[4]))
+    model.learn(30)
+    if norm_obs:
+        venv.obs_rms.mean[:] = 100.0
+    if own_norm_obs:
+        other.obs_rms.mean[:] = -7.0
+    other.ret_rms.var = np.array(9.0)
+    before = {name: copy.deepcopy(value) for name, value in vars(other).items() if name not in ("venv", "class_attributes")}
+    seen: list[np.ndarray] = []
+    predict = model.predict
+    model.predict = lambda observation, **kwargs: (seen.append(observation.copy()), predict(observation, **kwargs))[1]
+    result = evaluate(model, other, 2)
+    raw = np.array([[3.0, 0.0]], dtype=np.float32)
+    np.testing.assert_allclose(seen[0], venv.normalize_obs(raw))
+    np.testing.assert_allclose(result.returns, evaluate(model, lambda: CountEnv(3), 2).returns, rtol=1e-5)
+    assert other.training and other.norm_reward and other.norm_obs == own_norm_obs
+    assert hasattr(other, "obs_rms") == own_norm_obs and other.clip_obs == before["clip_obs"]
+    if own_norm_obs:
+        np.testing.assert_array_equal(other.obs_rms.mean, before["obs_rms"].mean)
+        assert other.obs_rms.count == before["obs_rms"].count
+    assert (other.ret_rms.var, other.ret_rms.count) == (9.0, before["ret_rms"].count)
+
+    # A model that was trained without any sees what the env shows.
+    policy = ConstantPolicy()
+    evaluate(policy, other, 1)
+    np.testing.assert_allclose(policy.calls[0][0], other.normalize_obs(raw))
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,14 @@ def test_summary(result_file: Path):
         read_runs(result_file.parent / "none.json")
 
 
+def test_report_names_all_protocols(result_file: Path, tmp_path: Path):
+    content = json.loads(result_file.read_text())
+    content["runs"]["C/0"] |= {"n_evaluations": 1, "evaluations": content["runs"]["C/0"]["evaluations"][:1]}
+    result_file.write_text(json.dumps(content))
+    page = write_report(result_file, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<li>1 evaluations of 2 episodes" in page and "<li>3 evaluations of 2 episodes" in page
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine (Debian: apt install chromium)")
 def test_report_in_a_browser(result_file: Path, tmp_path: Path):
     """What the browser made of the page: tables as text, every picture decoded, nothing asked of the network."""

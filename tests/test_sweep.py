@@ -1,5 +1,6 @@
 """Sweeps on a real, local Ray with two workers: tables, killed trials, killed sweeps, search, a cluster of two nodes."""
 
+import copy
 import csv
 import importlib.util
 import json
@@ -12,16 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
-from envs import POINT_ENV
+from envs import POINT_ENV, RandomEnv
+from gymnasium import spaces
 
 import sb3_diffusion
-from sb3_diffusion import DTQL, OfflineDataset
+from sb3_diffusion import DTQL, OfflineDataset, load_dataset
 from sb3_diffusion.cli import main
 from sb3_diffusion.datasets import write_dataset
 from sb3_diffusion.sweep import SweepResults, SweepSettings, resume_sweep, run_sweep
 from sb3_diffusion.sweep.arguments import read_values
+from sb3_diffusion.sweep.running import source_of
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray[tune] is not installed")
 BOX_ID = "tests/point/random-v0"
@@ -278,6 +283,112 @@ def test_constructor_arguments_of_a_trial() -> None:
     assert arguments["horizon"] == preset["horizon"]
 
 
+@needs_ray
+def test_search_leaves_the_rest_of_policy_kwargs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sb3_diffusion.sweep.ray_tune import constructor_arguments
+
+    preset = {"tau": 0.01, "policy_kwargs": {"net_arch": [8], "activation": "mish"}}
+    monkeypatch.setattr(DTQL, "preset", lambda name: copy.deepcopy(preset))
+    trial = {"params": {"preset": "any"}, "search": {"net_arch": "small", "batch_size_pow": 5}}
+    expected = {"tau": 0.01, "batch_size": 32, "policy_kwargs": {"net_arch": [64, 64], "activation": "mish"}}
+    assert constructor_arguments(DTQL, trial) == expected
+
+
+FIXED = [
+    ({"batch_size": 8, "gamma": 0.9, "learning_rate": 1e-3}, {"batch_size_pow", "one_minus_gamma", "learning_rate"}),
+    ({"policy_kwargs.net_arch": [16], "tau": 0.1, "ema_decay": 0.0}, {"net_arch", "tau", "ema_decay"}),
+    ({"policy_kwargs": {"net_arch": [16]}}, {"net_arch"}),
+    ({"policy_kwargs.net_arch.pi": [16]}, {"net_arch"}),
+    ({"policy_kwargs.n_critics": 3, "preset": None}, set()),
+]
+
+
+@needs_ray
+@pytest.mark.parametrize(("params", "absent"), FIXED)
+def test_fixed_values_are_not_searched(params: dict[str, Any], absent: set[str]) -> None:
+    """What is told of a trial is what it is made with."""
+    from sb3_diffusion.sweep.ray_tune import SearchByGroup, constructor_arguments
+
+    def drawn(params: dict[str, Any]) -> dict[str, Any]:
+        return SearchByGroup([("dtql", None)], [0], params).suggest("a")["trial"]
+
+    trial = drawn(params)
+    assert drawn({})["search"].keys() - trial["search"].keys() == absent
+    arguments = constructor_arguments(DTQL, trial)
+    for name, value in params.items():
+        if "." not in name and name != "preset":
+            assert arguments[name] == value
+
+
+def test_summary_leaves_out_what_is_incomplete() -> None:
+    row = {"algo": "dtql", "dataset": None, "params": {}, "normalized": False, "timesteps": 10, "best_score": 9.0}
+    scores = {"finished": 1.0, "stopped early": 3.0, "failed": 100.0, "unfinished": 100.0}
+    trials = [{**row, "trial": status, "status": status, "score": score} for status, score in scores.items()]
+    (summary,) = SweepResults(trials, []).summary()
+    assert (summary["n"], summary["score"]) == (2, 2.0)
+
+
+LONG_SPACES = {
+    "SB3DiffusionLong-v0": spaces.Box(-1, 1, (2,)),
+    "SB3DiffusionLongNested-v0": spaces.Dict(
+        {"state": spaces.Box(-1, 1, (2,)), "goal": spaces.Dict({"place": spaces.Box(-1, 1, (1,))})}
+    ),
+}
+for name, space in LONG_SPACES.items():
+    of_env = {"observation_space": space, "action_space": spaces.Box(-1.0, 1.0, (2,)), "length": 10**9}
+    gym.register(name, RandomEnv, max_episode_steps=1_000_000, kwargs=of_env)
+
+
+def long_data(name: str) -> OfflineDataset:
+    """Two episodes of 6 steps of an environment that never ends, and whose time limit is a million steps."""
+    space = LONG_SPACES[name]
+    arrays: dict[str, Any] = {
+        "actions": np.random.default_rng(0).uniform(-1, 1, (12, 2)),
+        "rewards": np.ones(12),
+        "terminals": np.zeros(12, bool),
+        "timeouts": np.arange(12) % 6 == 5,
+    }
+    for seed, key in enumerate(("observations", "next_observations")):
+        space.seed(seed)
+        samples = [space.sample() for _ in range(12)]
+        arrays[key] = np.stack(samples) if isinstance(space, spaces.Box) else {
+            "state": np.stack([sample["state"] for sample in samples]),
+            "goal": {"place": np.stack([sample["goal"]["place"] for sample in samples])},
+        }  # fmt: skip
+    return load_dataset(arrays, env_spec=gym.spec(name))
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore:No episode of")
+def test_trials_play_the_environment_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was recorded: episodes are cut as in the data."""
+    from sb3_diffusion.sweep import ray_tune
+
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray_tune.tune, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(ray_tune.tune, "report", lambda metrics, checkpoint: reported.append(metrics))
+    monkeypatch.setattr("sb3_diffusion.sweep.running.load_dataset", long_data)
+    params = {"policy_kwargs.net_arch": [8], "batch_size": 4}
+    trial = {"algo": "dtql", "dataset": "SB3DiffusionLong-v0", "seed": 0, "params": params}
+    config = {"env": None, "steps": 2, "evaluations": 1, "episodes": 1, "cpus": 1, "device": "cpu", "trial": trial}
+    ray_tune.run_trial(config)
+    assert [(metrics["timesteps"], metrics["length_mean"]) for metrics in reported] == [(2, 6.0)]
+
+
+@pytest.mark.filterwarnings("ignore:No episode of")
+def test_nested_environment_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_diffusion.sweep.running.load_dataset", long_data)
+    data, make_env = source_of("SB3DiffusionLongNested-v0", None)
+    assert data is not None and make_env().observation_space == data.observation_space
+
+
+def test_environments_of_robotics_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("sb3_diffusion.sweep.running.register_robotics", asked.append)
+    _, make_env = source_of(None, "Pendulum-v1")
+    assert asked == ["Pendulum-v1"] and make_env().spec.id == "Pendulum-v1"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -291,6 +402,8 @@ def test_constructor_arguments_of_a_trial() -> None:
         (dict(evaluations=20), "`evaluations` must lie in"),
         (dict(samples=2, params={"tau": [0.1, 0.2]}), "got several for tau"),
         (dict(datasets=[None]), "nothing to learn from"),
+        (dict(env="NoSuchEnv-v0"), "The environment 'NoSuchEnv-v0' is unknown: .*NoSuchEnv"),
+        (dict(env="Pendulum-v0"), "The environment 'Pendulum-v0' is unknown: .*Pendulum-v1"),
     ],
 )
 def test_mistakes_show_before_anything_runs(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from envs import PointGoalEnv
+from gymnasium.envs.registration import EnvSpec
 
 from sb3_diffusion import Diffuser, PlanningWrapper
+from sb3_diffusion.evaluation import video
 from sb3_diffusion.evaluation.video import record_video
 
 iio = pytest.importorskip("imageio.v3")
@@ -60,6 +62,23 @@ def test_plan_is_drawn_and_followed(planner: Diffuser, tmp_path: Path):
 def test_without_the_plan(planner: Diffuser, tmp_path: Path):
     record_video(planner, make, tmp_path / "a.gif", seed=0, max_steps=8, render_dims=None)
     assert iio.imread(tmp_path / "a.gif").max() == 0
+
+
+def test_only_episodes_that_were_begun_have_returns(planner: Diffuser, tmp_path: Path):
+    lengths = {
+        max_steps: record_video(planner, make, tmp_path / "a.gif", n_episodes=3, max_steps=max_steps, seed=0)
+        for max_steps in (8, 9, 16, 30)
+    }
+    assert [(len(film.returns), film.n_steps) for film in lengths.values()] == [(1, 8), (2, 9), (2, 16), (3, 24)]
+
+
+def test_robotics_environments_are_registered(planner: Diffuser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spec = EnvSpec("Late-v0", entry_point=lambda render_mode: make())
+    monkeypatch.setattr(video, "register_robotics", lambda env_id: gym.registry.update({env_id: spec}))
+    try:
+        assert record_video(planner, "Late-v0", tmp_path / "a.gif", max_steps=2).n_steps == 2
+    finally:
+        gym.registry.pop("Late-v0", None)
 
 
 def test_a_film_that_fails_leaves_nothing(tmp_path: Path):

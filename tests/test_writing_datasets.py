@@ -1,7 +1,9 @@
 """Datasets into files and back: equality of everything through the real writers and readers."""
 
+import copy
 import inspect
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from sb3_diffusion import DTQL, FutureStateReplayBuffer, OfflineDataset, TrajectoryReplayBuffer, load_dataset
 from sb3_diffusion.buffers import EpisodeReplayBuffer
-from sb3_diffusion.datasets import MemoryMappedWriter, load_minari_parts, write_dataset, write_minari
+from sb3_diffusion.datasets import MemoryMappedWriter, env_specs, load_minari_parts, write_dataset, write_minari
 from sb3_diffusion.datasets.arrays import column_moments
 
 TARGETS = ["folder/log.hdf5", "folder/log.npz", "folder/log.mmap", "written/log/any-v0"]
@@ -78,7 +81,7 @@ def assert_equal(found: OfflineDataset, expected: OfflineDataset) -> None:
     assert found.observation_space == expected.observation_space
     assert found.action_space == expected.action_space and found.action_space.dtype == expected.action_space.dtype
     assert (found.ref_min_score, found.ref_max_score) == (expected.ref_min_score, expected.ref_max_score)
-    assert (found.env_spec and found.env_spec.id) == (expected.env_spec and expected.env_spec.id)
+    assert found.env_spec == expected.env_spec
 
 
 @pytest.mark.parametrize("kind", DATASETS)
@@ -110,6 +113,89 @@ def test_descriptions_without_starts_and_types_are_read():
     del part["start"], part["dtype"]
     file.write_text(json.dumps(description))
     assert_equal(load_dataset("log.mmap"), dataset)
+
+
+def pendulum(**changes: object) -> OfflineDataset:
+    dataset = DATASETS["env"]()
+    dataset.env_spec = copy.deepcopy(dataset.env_spec)
+    for name, value in changes.items():
+        setattr(dataset.env_spec, name, value)
+    return dataset
+
+
+def test_settings_of_the_environment_come_back():
+    wrapper = gym.wrappers.ClipAction(gym.make("Pendulum-v1")).spec.additional_wrappers
+    dataset = expected = pendulum(kwargs={"g": 5.0}, max_episode_steps=77, additional_wrappers=wrapper)
+    for target in (*TARGETS, "again.npz"):
+        dataset = load_dataset(write_dataset(dataset, target))
+        assert_equal(dataset, expected)
+    assert gym.make(dataset.env_spec).unwrapped.g == 5.0
+
+
+@pytest.mark.parametrize("target", TARGETS[:3])
+def test_environments_of_files_bring_no_code(target: str):
+    """What is registered here is made, whatever entry point the file names; it may be no text where it is written."""
+    expected = gym.spec("Pendulum-v1").entry_point
+    write_dataset(pendulum(entry_point=lambda: pytest.fail("made")), target)
+    assert load_dataset(target).env_spec.entry_point == expected
+
+
+def test_an_environment_that_is_not_registered_is_left_out():
+    spec = EnvSpec("Elsewhere-v0", entry_point="elsewhere:Env")
+    dataset = DATASETS["env"]()
+    dataset.env_spec = spec
+    for target in TARGETS[:3]:
+        write_dataset(dataset, target)
+        with pytest.warns(
+            UserWarning, match=rf"{target} was recorded in Elsewhere-v0 \(elsewhere:Env\), which is not registered"
+        ):
+            assert load_dataset(target).env_spec is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load_dataset(target, env_spec="Pendulum-v1").env_spec.id == "Pendulum-v1"
+
+
+def change_description(**changes: object) -> None:
+    """What is None is taken out."""
+    file = Path("log.mmap/dataset.json")
+    description = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in description.items() if changes.get(key, 0) is not None}))
+
+
+def test_descriptions_with_an_id_alone_are_read(monkeypatch: pytest.MonkeyPatch):
+    """As the first files have them."""
+    dataset = DATASETS["env"]()
+    write_dataset(dataset, "log.mmap")
+    change_description(env_spec=None)
+    assert_equal(load_dataset("log.mmap"), dataset)
+    # Robotics' environments are registered when they are asked for
+    change_description(env_id="Late-v0")
+    with pytest.warns(UserWarning, match="was recorded in Late-v0, which is not registered"):
+        assert load_dataset("log.mmap").env_spec is None
+    registered = {"Late-v0": EnvSpec("Late-v0")}
+    monkeypatch.setattr(env_specs, "register_robotics", lambda env_id: gym.registry.update(registered))
+    try:
+        assert load_dataset("log.mmap").env_spec.id == "Late-v0"
+    finally:
+        gym.registry.pop("Late-v0", None)
+
+
+def test_specs_of_other_versions_and_bad_ones():
+    write_dataset(pendulum(kwargs={"g": 5.0}), "log.mmap")
+    description = json.loads(Path("log.mmap/dataset.json").read_text())
+    change_description(env_spec={**description["env_spec"], "autoreset": True})
+    assert load_dataset("log.mmap").env_spec.kwargs == {"g": 5.0}
+    for bad in ([], "Pendulum-v1", {"id": "Pendulum-v1"}, {**description["env_spec"], "id": "not an id"}):
+        change_description(env_spec=bad)
+        with pytest.raises(ValueError, match="malformed"):
+            load_dataset("log.mmap")
+
+
+def test_settings_that_are_no_json_are_left_out():
+    dataset = pendulum(kwargs={"g": np.ones(1)})
+    with pytest.warns(UserWarning, match="Pendulum-v1, only the id is written"):
+        write_dataset(dataset, "log.mmap")
+    assert load_dataset("log.mmap").env_spec == gym.spec("Pendulum-v1")
 
 
 def test_layout_of_the_hdf5_file(tmp_path: Path):

@@ -15,6 +15,7 @@ from sb3_diffusion.cli.shared import (
     StopOnSignal,
     env_of,
     find_algorithm,
+    id_of,
     load_data,
     make_model,
     policy_for,
@@ -83,17 +84,17 @@ def benchmark(
         raise ValueError("`--seeds` must hold at least one: got none.")
     algorithm = find_algorithm(algo)
     data = None if dataset is None else load_data(dataset, env)
-    env_id = env_of(env, data)
-    if data is None and env_id is None:
+    played = env_of(env, data)
+    if data is None and played is None:
         raise ValueError("There is nothing to learn from: pass --dataset, --env or both.")
     settings = [*([] if preset is None else [f"preset {preset}"]), *set, *(["stochastic"] if stochastic else [])]
     name = ", ".join([algorithm.__name__, *settings])
-    alias = policy or policy_for(data, env_id)
+    alias = policy or policy_for(data, env)
 
     def make(seed: int) -> Any:
-        return make_model(algorithm, alias, env_id, preset, read_changes(set), dataset=data, seed=seed, device=device)
+        return make_model(algorithm, alias, env, preset, read_changes(set), dataset=data, seed=seed, device=device)
 
-    task = env_id if data is None else data.name
+    task = env if data is None else data.name
     if what == "speed":
         model = make(seeds[0])
         report = {
@@ -107,21 +108,22 @@ def benchmark(
         print(json_format.dumps(report) if json else _speed_table(report, out / "speed.json"))
         return SUCCESS
 
-    if env_id is None:
+    if played is None:
         raise ValueError(f"The dataset {task!r} does not say where to evaluate: pass --env.")
+    env_id = id_of(played)
     results = out / "results.json"
     kind = "Online" if data is None else "Offline"
     text = f"{steps:,} timesteps; {evaluations} evaluations of {episodes} episodes in {env_id}."
     describe(results, f"{kind}: {task}", text, {"dataset": None if data is None else data.name, "env": env_id})
-    for seed in seeds:
+    for index, seed in enumerate(seeds, 1):
         stop = StopOnSignal()
         record = run(
             name,
             seed,
             lambda seed=seed: make(seed),  # type: ignore[misc]
-            lambda path: algorithm.load(path, env=env_id, dataset=data, device=device),
+            lambda path: algorithm.load(path, env=env, dataset=data, device=device),
             steps,
-            env_id,
+            played,
             results,
             n_evaluations=evaluations,
             n_eval_episodes=episodes,
@@ -133,7 +135,7 @@ def benchmark(
             progress_bar=not json,
             quiet=json,
         )
-        if record is None:
+        if record is None or (stop.stopped and index < len(seeds)):  # also in the last evaluation of a run
             if not json:
                 print("Interrupted. The same command goes on from here.")
             return INTERRUPTED

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json as json_format
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sb3_diffusion.cli.shared import (
     SUCCESS,
     USER_MISTAKES,
+    RecordedEnv,
     env_of,
     headless,
+    id_of,
     in_one_line,
     load_data,
     load_model,
@@ -26,22 +29,22 @@ if TYPE_CHECKING:
     from sb3_diffusion.datasets import OfflineDataset
 
 
-def _env_and_data(model: Path, env: str | None, dataset: str | None) -> tuple[str, OfflineDataset | None]:
+def _env_and_data(model: Path, env: str | None, dataset: str | None) -> tuple[str | RecordedEnv, OfflineDataset | None]:
     """
     :param model: model file; what is not given is as in the train.json beside it
     :param env: as the user said
     :param dataset: as the user said
-    :return: id of the environment, and the dataset, if there is one
+    :return: the environment, as an id or as recorded, and the dataset, if there is one
     :raises ValueError: if no environment is known
     """
     settings = read_settings(model)
     if dataset is None:
         env, dataset = env or settings.get("env"), settings.get("dataset")
     data = None if dataset is None else load_data(dataset, env)
-    env_id = env_of(env, data) or settings.get("env")
-    if env_id is None:
+    played = env_of(env, data) or settings.get("env")
+    if played is None:
         raise ValueError("Which environment? Pass --env with a Gymnasium id, or --dataset with one that knows its own.")
-    return env_id, data
+    return played, data
 
 
 def evaluate(
@@ -79,17 +82,18 @@ def evaluate(
     :return: exit status
     """
     loaded = load_model(model, algo, device=device)
+    played: str | RecordedEnv
     try:
-        env_id, data = _env_and_data(model, env, dataset)
+        played, data = _env_and_data(model, env, dataset)
     except USER_MISTAKES as error:
         of_training = env or read_settings(model).get("env")
         if dataset is not None or of_training is None:
             raise
-        env_id, data = of_training, None
+        played, data = of_training, None
         print(f"Without the dataset of the training, which cannot be loaded: {in_one_line(error)}", file=sys.stderr)
     result = play(
         loaded,
-        env_id,
+        played,
         episodes,
         n_envs=n_envs,
         deterministic=not stochastic,
@@ -102,7 +106,7 @@ def evaluate(
         return SUCCESS
     report = {
         "model": str(model),
-        "env": env_id,
+        "env": id_of(played),
         "dataset": None if data is None else data.name,
         "seed": seed,
         "deterministic": not stochastic,
@@ -159,12 +163,13 @@ def record(
     require("video", "imageio", "imageio_ffmpeg")
     headless()
     loaded = load_model(model, algo, device=device)
-    env_id = env or (read_settings(model).get("env") if dataset is None else None) or _env_and_data(model, env, dataset)[0]
-    target = model.with_suffix("") if out is None else out
-    paths = [target] if target.suffix else [target.with_suffix(".mp4"), target.with_suffix(".gif")]
+    played = env or (read_settings(model).get("env") if dataset is None else None) or _env_and_data(model, env, dataset)[0]
+    target = model.with_name(model.name.removesuffix(".zip")) if out is None else out
+    named = out is not None and out.suffix != ""
+    paths = [target] if named else [target.with_name(target.name + suffix) for suffix in (".mp4", ".gif")]
     film = record_video(
         loaded,
-        env_id,
+        partial(played, render_mode="rgb_array") if isinstance(played, RecordedEnv) else played,
         *paths,
         n_episodes=episodes,
         max_steps=max_steps,
@@ -220,14 +225,14 @@ def package(
     require("hub", "huggingface_hub")
     loaded = load_model(model, algo, device=device)
     settings = read_settings(model)
-    env_id, data = _env_and_data(model, env, dataset)
+    played, data = _env_and_data(model, env, dataset)
     result = play(
-        loaded, env_id, episodes, seed=seed, deterministic=not stochastic, dataset=data, progress_bar=sys.stderr.isatty()
+        loaded, played, episodes, seed=seed, deterministic=not stochastic, dataset=data, progress_bar=sys.stderr.isatty()
     )
     write_package(
         loaded,
         out,
-        env_id=env_id,
+        env_id=id_of(played),
         result=result,
         deterministic=not stochastic,
         dataset=data,

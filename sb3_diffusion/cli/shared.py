@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from zipfile import BadZipFile
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_diffusion import ALGORITHMS
@@ -101,13 +103,38 @@ def load_data(source: str, env_id: str | None = None) -> OfflineDataset:
         raise ValueError(str(error)) from error
 
 
-def env_of(env: str | None, data: OfflineDataset | None) -> str | None:
+@dataclass(frozen=True)
+class RecordedEnv:
+    """
+    Makes the environment that a dataset names, with the settings and the length of episodes that it was recorded with.
+
+    :param data: the dataset
+    :param spec: of its environment
+    """
+
+    data: OfflineDataset
+    spec: EnvSpec
+
+    def __call__(self, **kwargs: Any) -> gym.Env:
+        from sb3_diffusion.datasets import make_dataset_env
+
+        return make_dataset_env(self.data, **kwargs)
+
+
+def env_of(env: str | None, data: OfflineDataset | None) -> str | RecordedEnv | None:
     """
     :param env: as the user said
     :param data: which may know its own
-    :return: id of the environment, or None
+    :return: what to play in: the id that the user said, or what makes the environment of the data; None if neither is known
     """
-    return env or (data.env_spec.id if data is not None and data.env_spec is not None else None)
+    if env is not None or data is None or data.env_spec is None:
+        return env
+    return RecordedEnv(data, data.env_spec)
+
+
+def id_of(env: str | RecordedEnv) -> str:
+    """:return: the id alone"""
+    return env if isinstance(env, str) else env.spec.id
 
 
 def policy_for(data: OfflineDataset | None, env_id: str | None) -> str:

@@ -16,6 +16,7 @@ from sb3_diffusion.cli.shared import (
     INTERRUPTED,
     SETTINGS_FILE,
     SUCCESS,
+    RecordedEnv,
     StopOnSignal,
     env_of,
     find_algorithm,
@@ -90,14 +91,15 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     print(data)
     print(f"Training DTQL on it: {steps} gradient steps, {DEMO_EVALUATIONS} evaluations in {env_id} on the way.")
-    model = DTQL("MlpPolicy", env_id, dataset=data, seed=seed, **DEMO_SETTINGS)
-    eval_env = make_vec_env(env_id, 10, seed=seed + 1_000)
+    model = DTQL("MlpPolicy", None, dataset=data, seed=seed, **DEMO_SETTINGS)
+    played = RecordedEnv(data, data.env_spec)
+    eval_env = make_vec_env(played, 10, seed=seed + 1_000)
     curve = EvalCallback(
         eval_env, n_eval_episodes=10, eval_freq=max(1, steps // DEMO_EVALUATIONS), log_path=str(out), verbose=0
     )
     model.learn(steps, callback=curve, progress_bar=True)
     eval_env.close()
-    result = evaluate(model, env_id, episodes, seed=seed + 2_000, dataset=data, progress_bar=True)
+    result = evaluate(model, played, episodes, seed=seed + 2_000, dataset=data, progress_bar=True)
     model.save(out / "model")
     picture = _plot_learning_curve(out, data, env_id)
     print_comparison(data, result, f"DTQL after {steps} steps")
@@ -233,24 +235,28 @@ def train(
     offline = False if online or data is None else None
     stop = StopOnSignal()
     callbacks: list[BaseCallback] = [stop]
-    env_id = env_of(settings["env"], data)
-    if settings["eval_every"] > 0 and env_id is not None:
-        eval_env = make_vec_env(env_id, max(1, min(episodes, 10)), seed=settings["seed"])
+    played = env_of(settings["env"], data)
+    if settings["eval_every"] > 0 and played is not None:
+        eval_env = make_vec_env(played, max(1, min(episodes, 10)), seed=settings["seed"])
         curve = _evaluations(eval_env, max(1, episodes), settings["eval_every"], out, model.num_timesteps, deterministic)
         callbacks.append(curve)
     if settings["save_every"] > 0:
         callbacks.append(_Checkpoints(settings["save_every"], out, with_replay_buffer=offline is False))
     model.learn(steps - model.num_timesteps, callback=callbacks, reset_num_timesteps=False, progress_bar=True, offline=offline)
-    if stop.stopped:
+    if stop.stopped and model.num_timesteps < steps:
         _save_to_resume(model, out / "interrupted.zip", with_replay_buffer=offline is False)
         print(f"Interrupted at {model.num_timesteps} of {steps} timesteps. To go on:")
         print(f"  sb3-diffusion train --resume {out / 'interrupted.zip'}")
         return INTERRUPTED
     model.save(out / "model")
     print(f"Model: {out / 'model.zip'}")
-    if episodes > 0 and env_id is not None:
+    if episodes > 0 and played is not None:
+        if stop.stopped:
+            print("Interrupted before the last evaluation. To make it:")
+            print(f"  sb3-diffusion evaluate {out / 'model.zip'}")
+            return INTERRUPTED
         result = evaluate(
-            model, env_id, episodes, deterministic=deterministic, seed=settings["seed"], dataset=data, progress_bar=True
+            model, played, episodes, deterministic=deterministic, seed=settings["seed"], dataset=data, progress_bar=True
         )
         print_comparison(data, result, f"{algorithm.__name__} after {model.num_timesteps} steps")
     return SUCCESS
@@ -318,5 +324,7 @@ def _evaluations(eval_env: VecEnv, episodes: int, every: int, out: Path, start: 
             callback.evaluations_timesteps = known["timesteps"][done].tolist()
             callback.evaluations_results = known["results"][done].tolist()
             callback.evaluations_length = known["ep_lengths"][done].tolist()
+            if "successes" in known:  # of the last evaluations, if not of all
+                callback.evaluations_successes = known["successes"][done[-len(known["successes"]) :]].tolist()
         callback.best_mean_reward = max((float(np.mean(row)) for row in callback.evaluations_results), default=-np.inf)
     return callback

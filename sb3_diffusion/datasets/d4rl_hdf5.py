@@ -117,7 +117,7 @@ def load_d4rl(
             raise ValueError(f"{file_path} must hold arrays: {', '.join(groups)} are groups. Only observations may be.")
         description = child(file, HDF5_KEY).asstr()[()] if HDF5_KEY in file else None
     if description is not None:
-        known = read_description(description, file_path)
+        known = read_description(description, file_path, env_spec)
         return _described(
             observations, arrays, known, env_spec, observation_space, action_space, clip_actions, ask_environment
         )
@@ -168,7 +168,7 @@ def load_arrays(
     """
     path = Path(path)
     columns = read_npz(path)
-    known = read_description(str(columns.pop(ARRAYS_KEY)), path) if ARRAYS_KEY in columns else {"name": path.stem}
+    known = read_description(str(columns.pop(ARRAYS_KEY)), path, env_spec) if ARRAYS_KEY in columns else {"name": path.stem}
     for field in ("observations", "next_observations"):
         parts = {name.partition("/")[2]: columns.pop(name) for name in list(columns) if name.startswith(f"{field}/")}
         columns |= {field: parts} if parts else {}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
+from sb3_diffusion.datasets.env_specs import known_spec
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 
 HDF5_KEY = "metadata/sb3_diffusion"
@@ -24,9 +28,11 @@ def describe(dataset: OfflineDataset) -> str:
     :param dataset: to describe
     :return: JSON, for ``read_description``
     """
+    spec = dataset.env_spec
     plain = {
         "name": dataset.name,
-        "env_id": None if dataset.env_spec is None else dataset.env_spec.id,
+        "env_id": None if spec is None else spec.id,
+        "env_spec": None if spec is None else _spec_to_plain(spec),
         "observation_space": _to_plain(dataset.observation_space),
         "action_space": _to_plain(dataset.action_space),
         "ref_min_score": dataset.ref_min_score,
@@ -36,28 +42,55 @@ def describe(dataset: OfflineDataset) -> str:
     return json.dumps(plain)
 
 
-def read_description(text: str, source: str | PathLike[str]) -> dict[str, Any]:
+def read_description(text: str, source: str | PathLike[str], env_spec: EnvSpec | None = None) -> dict[str, Any]:
     """
     Read what ``describe`` wrote.
 
     :param text: JSON
     :param source: file, for the message
-    :return: ``observation_space``, ``action_space``, ``env_spec`` (None for an id that is not registered here),
+    :param env_spec: given by the user; without it, the recorded environment as it is registered here
+    :return: ``observation_space``, ``action_space``, ``env_spec`` (None with a warning if it is not registered here),
         ``ref_min_score``, ``ref_max_score``, ``score_label`` and ``name``
     :raises ValueError: if it is malformed
     """
     try:
         plain = json.loads(text)
-        env_id = plain["env_id"]
+        recorded = plain["env_id"]  # all that the first files have
+        if env_spec is None and plain.get("env_spec") is not None:
+            recorded = _to_spec(plain["env_spec"])
+        if env_spec is None and recorded is not None:
+            env_spec = known_spec(recorded, f"The data in {source}")
         known = {key: plain[key] for key in ("ref_min_score", "ref_max_score", "score_label", "name")}
         return {
             **known,
             "observation_space": _to_space(plain["observation_space"]),
             "action_space": _to_space(plain["action_space"]),
-            "env_spec": gym.spec(env_id) if env_id in gym.registry else None,
+            "env_spec": env_spec,
         }
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise ValueError(f"The description of the data in {source} is malformed ({error!r}): write the file again.") from error
+
+
+def _spec_to_plain(spec: EnvSpec) -> dict[str, Any] | None:
+    """:return: the environment with its settings, or None with a warning if JSON does not know them"""
+    spec = copy.copy(spec)
+    for name in ("entry_point", "vector_entry_point"):
+        creator: Any = getattr(spec, name, None)
+        if callable(creator):  # never called when it is read
+            setattr(spec, name, f"{creator.__module__}:{getattr(creator, '__qualname__', type(creator).__qualname__)}")
+    try:
+        return json.loads(spec.to_json())
+    except (TypeError, ValueError) as error:
+        warnings.warn(
+            f"Of the environment of the data, {spec.id}, only the id is written, without its settings: {error}.", stacklevel=4
+        )
+        return None
+
+
+def _to_spec(plain: Mapping[str, Any]) -> EnvSpec:
+    """:return: the environment, of which the fields that another version of Gymnasium wrote are left out"""
+    fields = {field.name for field in dataclasses.fields(EnvSpec) if field.init}
+    return EnvSpec.from_json(json.dumps({name: value for name, value in plain.items() if name in fields}))
 
 
 def _to_plain(space: spaces.Space) -> dict[str, Any]:

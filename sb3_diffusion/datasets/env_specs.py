@@ -62,6 +62,29 @@ def trusted_spec(recorded: EnvSpec) -> EnvSpec | None:
     return spec
 
 
+def known_spec(recorded: EnvSpec | str, source: str) -> EnvSpec | None:
+    """
+    :param recorded: as it stands in the data, or the id alone
+    :param source: the data, for the warning
+    :return: what ``trusted_spec`` makes of it, None with a warning if none of that id is registered here
+    """
+    if isinstance(recorded, str):
+        register_robotics(recorded)
+        spec, name, missing = gym.registry.get(recorded), recorded, False
+    else:
+        spec, name = trusted_spec(recorded), f"{recorded.id} ({recorded.entry_point})"
+        missing = needs_robotics(recorded)
+    if spec is None:
+        how = 'Install (pip install "sb3-diffusion[robotics]")' if missing else "Import"
+        warnings.warn(
+            f"{source} was recorded in {name}, which is not registered here, so that its environment is left out: a dataset "
+            f"brings no code. {how} the package that registers it before you load the data, or give `env` yourself, on the "
+            "command line as module:id.",
+            stacklevel=4,
+        )
+    return spec
+
+
 def plain_wrappers(env_id: str, wrappers: Sequence[WrapperSpec]) -> tuple[WrapperSpec, ...]:
     """
     Of the wrappers that a file names, those of Gymnasium that write no files; one warning names the others.

@@ -128,8 +128,8 @@ def load_memory_mapped(
     folder = Path(folder)
     if not (folder / _DESCRIPTION).is_file():
         raise FileNotFoundError(f"There is no {_DESCRIPTION} in {folder}: expected a folder that MemoryMappedWriter wrote.")
-    known = read_description((folder / _DESCRIPTION).read_text(), folder)
-    given = {"env_spec": env_spec, "observation_space": observation_space, "action_space": action_space}
+    known = read_description((folder / _DESCRIPTION).read_text(), folder, env_spec)
+    given = {"observation_space": observation_space, "action_space": action_space}
     known |= {name: value for name, value in given.items() if value is not None}
     space = known["observation_space"]
     observations: dict[str, Any] = {}

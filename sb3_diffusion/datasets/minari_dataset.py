@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from sb3_diffusion.datasets.arrays import flatten_observations
-from sb3_diffusion.datasets.env_specs import needs_robotics, trusted_spec
+from sb3_diffusion.datasets.env_specs import known_spec, trusted_spec
 from sb3_diffusion.datasets.hdf5 import child, open_hdf5, read_tree
 from sb3_diffusion.datasets.offline_dataset import OfflineDataset
 from sb3_diffusion.datasets.reference_scores import D4RL_REFERENCED_LABEL, minari_scores
@@ -91,16 +90,7 @@ def known_environment(dataset: Any) -> EnvSpec | None:
     :return: the environment it was recorded in, None with a warning if that is not registered here
     """
     recorded = dataset.env_spec
-    spec = None if recorded is None else trusted_spec(recorded)
-    if spec is None and recorded is not None:
-        how = "Import" if not needs_robotics(recorded) else 'Install (pip install "sb3-diffusion[robotics]")'
-        warnings.warn(
-            f"The Minari dataset {dataset.id!r} was recorded in {recorded.id} ({recorded.entry_point}), which is not "
-            f"registered here, so that its environment is left out: a dataset brings no code. {how} the package that "
-            "registers it before you load the data, or give `env` yourself, on the command line as module:id.",
-            stacklevel=3,
-        )
-    return spec
+    return None if recorded is None else known_spec(recorded, f"The Minari dataset {dataset.id!r}")
 
 
 def load_minari(dataset: Any, *, clip_actions: bool = False) -> OfflineDataset:

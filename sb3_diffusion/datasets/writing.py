@@ -34,8 +34,8 @@ def write_dataset(dataset: OfflineDataset, target: str | PathLike[str]) -> str:
     | a path that ends in `.mmap` | a folder of arrays that are mapped from the disk when they are read |
     | an id that ends in a version, such as `my/robot/log-v0` | a Minari dataset in Minari's folder |
 
-    Arrays, ends of episodes, spaces, reference scores and the environment's id come back exactly. Nothing that exists is
-    overwritten, and a file is there whole or not at all.
+    Arrays, ends of episodes, spaces, reference scores and the environment with its settings come back exactly. Nothing that
+    exists is overwritten, and a file is there whole or not at all.
 
     :param dataset: what to write
     :param target: where to

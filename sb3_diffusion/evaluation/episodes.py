@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 EvaluationEnv = str | EnvSpec | gym.Env | VecEnv | Callable[[], gym.Env]
 
+_OBSERVATION_STATISTICS = ("norm_obs", "norm_obs_keys", "obs_rms", "clip_obs", "epsilon")
+"""Attributes of a ``VecNormalize`` that decide what becomes of an observation."""
 # Envs that step together by default when this module makes them: one call of `predict` serves all of them.
 DEFAULT_N_ENVS = 10
 
@@ -122,8 +124,9 @@ def evaluate(
     The episodes are played by SB3's ``evaluate_policy``: each env gets its share of them beforehand, so that short episodes
     are not preferred, and a stateful controller gets back its ``state`` with ``episode_start``. Envs that are made here are
     closed again; an env that is passed in is reset and stays open. A model that was trained with ``VecNormalize`` sees
-    observations normalised by its own frozen statistics, whatever env it is evaluated in; returns are always those of the
-    env itself. The model's own training env may be passed, but a training run that goes on starts a new episode then.
+    observations normalised by its own frozen statistics, whatever env it is evaluated in, also one with another
+    ``VecNormalize``; returns are always those of the env itself. The model's own training env may be passed, but a training
+    run that goes on starts a new episode then.
 
     Normalised scores come from ``ref_min_score`` and ``ref_max_score`` if given, else from ``dataset``, else from the
     dataset that is attached to the model.
@@ -238,23 +241,27 @@ def frozen_normalization(model: PolicyPredictor, vec_env: VecEnv) -> Iterator[Ve
     """
     The env as the model expects it, with statistics that do not move and rewards as they are.
 
-    An env that has its own ``VecNormalize`` keeps its statistics; another one is put under a copy of the model's.
+    An env that has its own ``VecNormalize`` gets the statistics of the model's for as long as the context lasts, or keeps its
+    own if the model was trained without; another one is put under a copy of the model's.
 
     :param model: which may have been trained under a ``VecNormalize``
     :param vec_env: where it shall act
     :return: context that gives the env to step
     """
+    get_vec_normalize_env = getattr(model, "get_vec_normalize_env", lambda: None)
+    trained_with = get_vec_normalize_env()
     own = unwrap_vec_wrapper(vec_env, VecNormalize)
     if isinstance(own, VecNormalize):
-        before = own.training, own.norm_reward
-        own.training, own.norm_reward = False, False
+        taken = {} if trained_with is None else _attributes(trained_with, *_OBSERVATION_STATISTICS)
+        kept = _attributes(own, *_OBSERVATION_STATISTICS, "training", "norm_reward")
+        vars(own).update(taken, training=False, norm_reward=False)
         try:
             yield vec_env
         finally:
-            own.training, own.norm_reward = before
+            for name in taken.keys() - kept.keys():  # without `norm_obs` there is no `obs_rms`
+                delattr(own, name)
+            vars(own).update(kept)
         return
-    get_vec_normalize_env = getattr(model, "get_vec_normalize_env", lambda: None)
-    trained_with = get_vec_normalize_env()
     if trained_with is None:
         yield vec_env
         return
@@ -262,6 +269,11 @@ def frozen_normalization(model: PolicyPredictor, vec_env: VecEnv) -> Iterator[Ve
     frozen.set_venv(vec_env)
     frozen.training, frozen.norm_reward = False, False
     yield frozen
+
+
+def _attributes(owner: object, *names: str) -> dict[str, Any]:
+    """:return: those of its own attributes that are there"""
+    return {name: value for name, value in vars(owner).items() if name in names}
 
 
 def _normalized_scores(

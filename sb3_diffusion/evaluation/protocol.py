@@ -29,6 +29,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_diffusion.evaluation.episodes import EvaluationEnv, evaluate
 
 LIBRARIES = ("sb3-diffusion", "stable-baselines3", "torch", "gymnasium", "mujoco", "minari", "numpy")
+# In these all runs of one name agree.
+_LENGTHS = ("total_timesteps", "n_evaluations", "n_eval_episodes")
 # Of the package: the root of a checkout, or the folder of installed packages.
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -109,8 +111,9 @@ def run(
     :param progress_bar: show one per run
     :param quiet: print nothing
     :return: the record of the run, or None if ``callback`` stopped it
-    :raises ValueError: if a count is out of range, or ``workdir`` holds a run of this name and seed with another length, other
-        evaluations, in another environment or on another dataset
+    :raises ValueError: if a count is out of range; if ``workdir`` holds a run of this name and seed with another length, other
+        evaluations, in another environment or on another dataset; or if ``result_file`` holds one of this name and another
+        seed with another length or other evaluations
     """
     if n_evaluations < 1 or total_timesteps < n_evaluations:
         raise ValueError(
@@ -121,13 +124,13 @@ def run(
         if not quiet:
             print(text, flush=True)
 
+    lengths = dict(zip(_LENGTHS, (total_timesteps, n_evaluations, n_eval_episodes), strict=True))
+    _check_lengths(result_file, name, seed, lengths)
     folder = workdir / result_file.stem / f"{name}-seed{seed}".replace(os.sep, "_").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, progress_file = folder / "checkpoint.zip", folder / "progress.json"
     protocol = {
-        "total_timesteps": total_timesteps,
-        "n_evaluations": n_evaluations,
-        "n_eval_episodes": n_eval_episodes,
+        **lengths,
         "deterministic": deterministic,
         "dataset": None if dataset is None else dataset.name,
         "env": _env_id(env),
@@ -330,6 +333,28 @@ def describe(result_file: Path, title: str, text: str = "", task: dict[str, Any]
                 raise ValueError(f"{result_file} belongs to a benchmark with {other}: choose another folder (--out).")
             content["task"] = task
         write_json(result_file, content)
+
+
+def _check_lengths(result_file: Path, name: str, seed: int, lengths: dict[str, int]) -> None:
+    """
+    Runs of one name share a curve, so that they have to be equally long and equally often evaluated.
+
+    :param result_file: of the run
+    :param name: of its setting
+    :param seed: of the run, which may replace an earlier one
+    :param lengths: timesteps, evaluations and episodes per evaluation of the run
+    :raises ValueError: if those of another seed are others
+    """
+    if not result_file.is_file():
+        return
+    for record in json.loads(result_file.read_text(encoding="utf-8"))["runs"].values():
+        if record["name"] != name or record["seed"] == seed:
+            continue
+        if other := _difference({key: record[key] for key in lengths}, lengths):
+            raise ValueError(
+                f"{result_file} holds a run of {name!r} with seed {record['seed']} and {other}: seeds that are averaged must "
+                "agree in these. Run the same again, or choose another name or another folder (--out)."
+            )
 
 
 def _task(content: dict[str, Any]) -> dict[str, Any]:

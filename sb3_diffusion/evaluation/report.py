@@ -186,8 +186,10 @@ def _data_uri(figure: Figure) -> str:
 
 
 def _provenance(records: list[dict[str, Any]]) -> list[str]:
-    first = records[0]
-    lines = [f"{first['n_evaluations']} evaluations of {first['n_eval_episodes']} episodes each, at equal distances"]
+    lines = {
+        f"{record['n_evaluations']} evaluations of {record['n_eval_episodes']} episodes each, at equal distances"
+        for record in records
+    }
     hardware, versions = set(), set()
     for where in (record["environment"] for record in records):
         device = "" if where["device"] == "cpu" else f", {where['device']}"
@@ -197,4 +199,4 @@ def _provenance(records: list[dict[str, Any]]) -> list[str]:
         libraries = ", ".join(f"{name} {version}" for name, version in where["libraries"].items())
         commit = "" if where["commit"] is None else f", commit {where['commit']}"
         versions.add(f"Python {where['python']}, {libraries}{commit}")
-    return [*lines, *sorted(hardware), *sorted(versions)]
+    return [*sorted(lines), *sorted(hardware), *sorted(versions)]

@@ -15,6 +15,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from sb3_diffusion.datasets.env_specs import register_robotics
 from sb3_diffusion.evaluation.episodes import frozen_normalization
 from sb3_diffusion.wrappers import VecPlanningWrapper
 
@@ -29,7 +30,7 @@ class Recording(NamedTuple):
     What was filmed.
 
     :ivar paths: files written
-    :ivar returns: undiscounted return of each episode; of one that was cut by ``max_steps``, so far
+    :ivar returns: undiscounted return of each episode that was begun; of one that was cut by ``max_steps``, so far
     :ivar n_steps: env steps, all episodes together
     """
 
@@ -74,6 +75,9 @@ def record_video(
         raise ValueError(f"Expected paths that end in .mp4 or .gif: got {[str(path) for path in targets]}.")
     if n_episodes < 1 or (max_steps is not None and max_steps < 1):
         raise ValueError(f"`n_episodes` and `max_steps` must be at least 1: got {n_episodes} and {max_steps}.")
+
+    if isinstance(env, str):
+        register_robotics(env)
 
     def make() -> gym.Env:
         return Monitor(gym.make(env, render_mode="rgb_array") if isinstance(env, str) else env())
@@ -133,7 +137,7 @@ def _play(
         if starts[0]:
             returns.append(so_far)
             so_far = 0.0
-    return [*returns, *([so_far] if len(returns) < n_episodes else [])], n_steps
+    return [*returns, *([] if starts[0] else [so_far])], n_steps
 
 
 class _Film:

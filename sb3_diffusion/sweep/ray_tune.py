@@ -9,7 +9,7 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,11 @@ def run_trial(config: dict[str, Any]) -> None:
     th.set_num_threads(max(1, int(config["cpus"])))
     what = config["trial"]
     algorithm = ALGORITHMS[what["algo"]]
-    data, env_spec = source_of(what["dataset"], config["env"])
+    data, make_env = source_of(what["dataset"], config["env"])
     checkpoint = tune.get_checkpoint()
     seconds_before = 0.0
     if checkpoint is None:
-        env = gym.make(env_spec)
+        env = make_env()
         arguments = {
             "policy": policy_alias(env.observation_space),
             "seed": what["seed"],
@@ -158,11 +158,11 @@ def run_trial(config: dict[str, Any]) -> None:
         model = algorithm(env=env, dataset=data, **arguments)
     else:
         with checkpoint.as_directory() as folder:
-            model = algorithm.load(Path(folder, "model.zip"), gym.make(env_spec), dataset=data, device=config["device"])
+            model = algorithm.load(Path(folder, "model.zip"), make_env(), dataset=data, device=config["device"])
             if Path(folder, "replay_buffer.zip").is_file():
                 model.load_replay_buffer(Path(folder, "replay_buffer.zip"))
             seconds_before = json.loads(Path(folder, "trial.json").read_text())["seconds"]
-    report = _Report(env_spec, config["steps"], config["evaluations"], config["episodes"], what["seed"], seconds_before)
+    report = _Report(make_env, config["steps"], config["evaluations"], config["episodes"], what["seed"], seconds_before)
     model.learn(config["steps"] - model.num_timesteps, report, reset_num_timesteps=False)
 
 
@@ -180,16 +180,26 @@ def constructor_arguments(algorithm: type[OfflineAlgorithm], trial: Mapping[str,
     preset = params.pop("preset", None)
     arguments = {} if preset is None else dict(algorithm.preset(preset))
     arguments.pop("default_total_timesteps", None)
-    arguments.update(search_spaces.to_arguments(trial.get("search", {})))
+    searched = search_spaces.to_arguments(trial.get("search", {}))
+    entries = {f"policy_kwargs.{name}": value for name, value in searched.pop("policy_kwargs", {}).items()}
+    arguments = with_changes(arguments, {**searched, **entries})
     return parse_texts(with_changes(arguments, params))
 
 
 class _Report(BaseCallback):
     """Evaluates the model at equal distances, and hands score and model to Ray."""
 
-    def __init__(self, env_spec: Any, steps: int, evaluations: int, episodes: int, seed: int, seconds_before: float) -> None:
+    def __init__(
+        self,
+        make_env: Callable[[], gym.Env],
+        steps: int,
+        evaluations: int,
+        episodes: int,
+        seed: int,
+        seconds_before: float,
+    ) -> None:
         super().__init__()
-        self.env_spec, self.episodes, self.eval_seed = env_spec, episodes, seed + 1_000
+        self.make_env, self.episodes, self.eval_seed = make_env, episodes, seed + 1_000
         self.milestones = [round(steps * (i + 1) / evaluations) for i in range(evaluations)]
         self.seconds_before = seconds_before
 
@@ -204,7 +214,7 @@ class _Report(BaseCallback):
         return True
 
     def _report(self) -> None:
-        result = evaluate(self.model, self.env_spec, self.episodes, seed=self.eval_seed)  # type: ignore[arg-type]
+        result = evaluate(self.model, self.make_env, self.episodes, seed=self.eval_seed)  # type: ignore[arg-type]
         scores = result.normalized_scores
         seconds = self.seconds_before + time.monotonic() - self.start
         metrics = {
@@ -228,13 +238,44 @@ class _Report(BaseCallback):
 
 
 class _Suggest:
-    """Draws the hyperparameters of an algorithm; a class, because Ray pickles it."""
+    """
+    Draws the hyperparameters of an algorithm; a class, because Ray pickles it.
 
-    def __init__(self, algo: str) -> None:
-        self.algo = algo
+    :param algo: name of the algorithm
+    :param fixed: names of hyperparameters that have a value, and are not drawn
+    """
+
+    def __init__(self, algo: str, fixed: Collection[str] = ()) -> None:
+        self.algo, self.fixed = algo, list(fixed)
 
     def __call__(self, trial: Any) -> None:
-        search_spaces.suggest(self.algo, trial)
+        search_spaces.suggest(self.algo, _WithoutFixed(trial, self.fixed))  # type: ignore[arg-type]
+
+
+class _WithoutFixed:
+    """
+    Optuna's trial, which draws nothing for what is fixed.
+
+    :param trial: of Optuna
+    :param fixed: names of hyperparameters, as of constructor arguments
+    """
+
+    def __init__(self, trial: Any, fixed: Collection[str]) -> None:
+        self.trial, self.fixed = trial, fixed
+
+    def __getattr__(self, method: str) -> Any:
+        attribute = getattr(self.trial, method)
+        if not method.startswith("suggest_"):
+            return attribute
+
+        def draw(name: str, choices_or_low: Any, *args: Any, **kwargs: Any) -> Any:
+            value = choices_or_low[0] if isinstance(choices_or_low, Sequence) else choices_or_low
+            ((argument, known),) = search_spaces.to_arguments({name: value}).items()
+            whole = f"{argument}.{next(iter(known))}." if isinstance(known, dict) else f"{argument}."
+            is_fixed = any(whole.startswith(f"{given}.") or f"{given}.".startswith(whole) for given in self.fixed)
+            return value if is_fixed else attribute(name, choices_or_low, *args, **kwargs)
+
+        return draw
 
 
 class SearchByGroup(Searcher):
@@ -250,7 +291,7 @@ class SearchByGroup(Searcher):
         super().__init__(metric="score", mode="max")
         self.groups, self.seeds, self.params = list(groups), list(seeds), dict(params)
         self.studies = [
-            OptunaSearch(_Suggest(algo), metric="score", mode="max", seed=self.seeds[0] + i)
+            OptunaSearch(_Suggest(algo, self.params), metric="score", mode="max", seed=self.seeds[0] + i)
             for i, (algo, _) in enumerate(self.groups)
         ]
         self.n_suggested = 0

@@ -17,6 +17,8 @@ from sb3_diffusion.evaluation import bootstrap_interval, interquartile_mean
 from sb3_diffusion.plotting import color_of, new_figure, save_figure
 
 RESULTS_FILE, TABLE_FILE, CURVES_FILE = "results.json", "results.csv", "curves.csv"
+INCOMPLETE = ("failed", "unfinished")
+"""Status of a trial whose last evaluation is not that of a whole run."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class SweepResults:
 
     def summary(self) -> list[dict[str, Any]]:
         """
-        Trials that differ by nothing but the seed, taken together; those that failed are left out.
+        Trials that differ by nothing but the seed, taken together; those that failed or are unfinished are left out.
 
         :return: rows with ``algo``, ``dataset``, ``params``, ``n`` (seeds), ``score`` (interquartile mean of the last
             evaluations), ``low`` and ``high`` (its 95 % bootstrap interval over seeds, None for one), ``best_score``
@@ -78,7 +80,7 @@ class SweepResults:
         """
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in self.trials:
-            if row["score"] is not None:
+            if row["score"] is not None and row["status"] not in INCOMPLETE:
                 groups.setdefault(json.dumps([row["algo"], row["dataset"], row["params"]]), []).append(row)
         rows = []
         for members in groups.values():
@@ -130,7 +132,7 @@ class SweepResults:
         if any(count > n_best for count in shown.values()):
             console.print(f"The {n_best} best of each; all of them are in {TABLE_FILE}.")
         for row in self.trials:
-            if row["status"] in ("failed", "unfinished"):
+            if row["status"] in INCOMPLETE:
                 console.print(f"{row['status']}: {row['trial']} {row['error'] or ''}", highlight=False, markup=False)
 
     def _labels(self) -> Callable[[Mapping[str, Any]], str]:

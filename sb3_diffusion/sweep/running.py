@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import gymnasium as gym
 
-from sb3_diffusion.datasets import OfflineDataset, load_dataset
+from sb3_diffusion.datasets import OfflineDataset, load_dataset, make_dataset_env
+from sb3_diffusion.datasets.env_specs import register_robotics
 from sb3_diffusion.datasets.memory_mapped import MEMORY_MAPPED_SUFFIX
 from sb3_diffusion.sweep.arguments import algorithm_name
 from sb3_diffusion.sweep.results import SweepResults
@@ -32,7 +34,7 @@ def run_sweep(settings: SweepSettings, out: Path | str, *, address: str | None =
     :return: what came out
     :raises FileExistsError: if ``out`` already holds a sweep
     :raises ValueError: if the settings are wrong, or an environment is unknown
-    :raises ImportError: if Ray is not installed; names the extra to install
+    :raises ImportError: if Ray, or a package of an environment, is not installed; names the extra to install
     """
     settings.check()
     out = Path(out)
@@ -95,26 +97,29 @@ def _is_path(dataset: str) -> bool:
 
 
 def _check_source(dataset: str | None, env: str | None) -> None:
-    data, env_spec = source_of(dataset, env)
-    if data is not None and env is not None:
-        made = gym.make(env_spec)
+    data, make_env = source_of(dataset, env)
+    try:
+        made = make_env()
+    except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv) as error:
+        raise ValueError(f"The environment {env!r} is unknown: {error}") from error
+    if data is not None:
         data.check_spaces(made.observation_space, made.action_space)
-        made.close()
+    made.close()
 
 
-def source_of(dataset: str | None, env: str | None) -> tuple[OfflineDataset | None, Any]:
+def source_of(dataset: str | None, env: str | None) -> tuple[OfflineDataset | None, Callable[[], gym.Env]]:
     """
     :param dataset: source of data, or None
     :param env: Gymnasium id, or None
-    :return: the data, if any, and the environment to evaluate in, as an id or a spec
+    :return: the data, if any, and what makes the environment to evaluate in: that of the id, or that of the data, as recorded
     :raises ValueError: if no environment is known
     """
     data = None if dataset is None else load_dataset(dataset)
-    env_spec = env if env is not None else data.env_spec if data is not None else None
-    if env_spec is None:
-        raise ValueError(
-            "There is nothing to learn from: set `datasets`, `env` or both."
-            if dataset is None
-            else f"The dataset {dataset!r} does not tell its environment, and trials are evaluated in one: set `env`."
-        )
-    return data, env_spec
+    if env is not None:
+        register_robotics(env)
+        return data, partial(gym.make, env)
+    if data is None:
+        raise ValueError("There is nothing to learn from: set `datasets`, `env` or both.")
+    if data.env_spec is None:
+        raise ValueError(f"The dataset {dataset!r} does not tell its environment, and trials are evaluated in one: set `env`.")
+    return data, partial(make_dataset_env, data)
