@@ -272,7 +272,8 @@ def scores_of_agents(
                 agent, ENV_ID, n_episodes, deterministic=agent is model, seed=1_000 * seed, dataset=dataset
             ).to_dict()
 
-        found = kept(folder / f"{label.replace(' ', '_')}-{n_episodes}.json", play)
+        futures = f"-{options.futures}_futures" if n_candidates > 1 else ""
+        found = kept(folder / f"{label.replace(' ', '_')}-{n_episodes}{futures}.json", play)
         scores[label] = np.array(found["normalized_scores"])
         print(label, scores[label].mean(), flush=True)
     cloned = scores["behaviour cloning by diffusion"]

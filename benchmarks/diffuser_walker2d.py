@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chain_rows: list[list[str | float | int | None]] = []
     for (sampler, n_steps), executed in CHAINS.items():
         model.set_sampler(sampler, n_steps)
-        model.set_planning(n_action_steps=1)
+        model.set_planning(n_action_steps=1, guidance_scale=0.0)
         times = median_milliseconds({"1": lambda: model.predict(one), "64": lambda: model.predict(many)}, 30)
         for n in (n for n in executed if n <= options.horizon):
             name = f"{n}" if sampler == "ddpm" else f"{n}-{sampler}-{n_steps}"  # the whole chain is in the other table too

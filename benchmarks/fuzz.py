@@ -467,7 +467,7 @@ def read_batch(kind: Kind, starts: list[Path], seeds: Sequence[int], report: Pat
                 (shutil.copytree if start.is_dir() else shutil.copy)(start, path)
                 kind.change(path, rng)
                 finding, answer = None, "loaded"
-                watch.inside, watch.seen = os.path.realpath(tempfile.gettempdir()), []
+                watch.inside, watch.seen = os.path.realpath(name), []
                 signal.alarm(SECONDS)
                 try:
                     kind.read(path)
@@ -543,6 +543,7 @@ def fuzz(name: str, n_inputs: int, seed: int) -> dict[str, Any]:
     answers = Counter(state["answers"])
     while state["inputs"] < n_inputs:
         seeds = [seed * 10**9 + state["inputs"] + i for i in range(min(BATCH, n_inputs - state["inputs"]))]
+        n_starts = len(state["starts"])
         lines = run_batch(kind, [Path(start) for start in state["starts"]], seeds)
         for line in lines:
             is_new = line["answer"] not in answers
@@ -551,18 +552,18 @@ def fuzz(name: str, n_inputs: int, seed: int) -> dict[str, Any]:
                 state["findings"].append(line)
                 print(name, line["seed"], line["finding"][-300:], flush=True)
             elif is_new and line["answer"] != "loaded" and len(state["starts"]) < 200:
-                state["starts"].append(str(_again(kind, line, folder / f"starts-{seed}" / str(line["seed"]))))
+                state["starts"].append(str(_again(kind, line, n_starts, folder / f"starts-{seed}" / str(line["seed"]))))
         state["inputs"] += len(seeds)
         state["answers"] = dict(answers)
         write_json(state_file, state)
     return state
 
 
-def _again(kind: Kind, line: dict[str, Any], folder: Path) -> Path:
-    """Make the input of a line once more, to keep it."""
+def _again(kind: Kind, line: dict[str, Any], n_starts: int, folder: Path) -> Path:
+    """Make the input of a line once more, to keep it: what is drawn is what was drawn, the choice of the start included."""
     folder.mkdir(parents=True, exist_ok=True)
     start, rng = Path(line["start"]), np.random.default_rng(line["seed"])
-    rng.integers(1)  # which start
+    rng.integers(n_starts)
     path = folder / ("input" if start.is_dir() else f"input{start.suffix}")
     (shutil.copytree if start.is_dir() else shutil.copy)(start, path)
     kind.change(path, rng)

@@ -196,6 +196,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="constructor arguments")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     arguments = parser.parse_args()
+    if arguments.task == "pendulum" and arguments.algo not in PENDULUM_SETTINGS:
+        parser.error(f"pendulum has settings for {', '.join(PENDULUM_SETTINGS)}: got {arguments.algo}")
     th.set_num_threads(arguments.threads)
     setting = Setting(arguments.algo, arguments.preset, arguments.set)
     for seed in arguments.seeds:
