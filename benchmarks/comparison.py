@@ -91,7 +91,7 @@ TEXT = (
     "DiffusionQL, BellmanDiffusion and DiffSR (*rates that end*) have their presets `locomotion`, with learning rates that "
     "fall to 0 over 20,000 updates (DiffusionQL 12,500); rows of BellmanDiffusion with a *temperature* differ in it from the "
     "preset, which has 3. DiffSR without that addition is the preset `small`, with constant rates. Cloning and TD3+BC "
-    "have constant rates, as published, and falling ones in rows of their own. Diffuser has a constant rate, a U-Net of "
+    "have constant rates, as published (with *rates that end*, falling ones). Diffuser has a constant rate, a U-Net of "
     "three levels, horizon 8, no guidance, and makes a new plan of two DDIM steps for every action. Published runs "
     "take 1,000,000 updates or more. Steps / s and times come from machines of several kinds that did other work too, and "
     "from runs with and without `--compile`: the tables on speed are the ones to quote."
