@@ -559,7 +559,7 @@ def test_benchmark_of_another_task_is_refused(log_file: Path, tmp_path: Path, ca
             "`policy_kwargs`: expected a Python literal",
         ),
         (["train", "--env", ENV_ID, "--set", "policy_kwargs=5"], "does not take what --set says"),
-        (["train", "--env", ENV_ID, "--set", "gamma=high"], "does not take what --set says"),
+        (["train", "--env", ENV_ID, "--set", "gamma=high"], "`gamma` must lie in [0.0, 1.0]: got 'high'"),
         (["train", "--env", ENV_ID, "--set", "learning_rate=falls_3e-4"], "'cosine_3e-4': got 'falls_3e-4'"),
         (["train", "--env", ENV_ID, "--policy", "Foo"], "DTQL has no policy 'Foo'; there are: MlpPolicy, CnnPolicy"),
         (["train", "--env", ENV_ID, "--eval-every", "-5"], "`--eval-every` must lie in [0"),
