@@ -21,6 +21,7 @@ OBSERVATIONS = {
     "matrix": spaces.Box(-1.0, 1.0, (2, 3), np.float32),
     "dict": spaces.Dict({"a": FLOAT32, "b": spaces.Box(-1.0, 1.0, (1,), np.float32)}),
     "dict64": spaces.Dict({"a": FLOAT32, "b": FLOAT64}),
+    "flattened": spaces.Dict({"goal.place": FLOAT32, "goal.time": spaces.Box(-1.0, 1.0, (1,), np.float32), "here": FLOAT64}),
 }
 DISCRETE_OBSERVATIONS = {
     "multi_discrete": spaces.MultiDiscrete([4, 3]),

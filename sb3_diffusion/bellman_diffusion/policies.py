@@ -9,7 +9,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
-    CombinedExtractor,
     FlattenExtractor,
     get_actor_critic_arch,
 )
@@ -23,7 +22,7 @@ from sb3_diffusion.bellman_diffusion.networks import (
     RewardModel,
     StateModel,
 )
-from sb3_diffusion.common.observations import check_image, n_rows, repeat_rows
+from sb3_diffusion.common.observations import CombinedExtractor, check_image, n_rows, repeat_rows
 from sb3_diffusion.common.policies import ActionDenoiser, DiffusionPolicy, QCritic
 from sb3_diffusion.common.samplers import sample_dpm_solver
 from sb3_diffusion.common.torch_layers import Mish

@@ -1,6 +1,7 @@
 """Observations between spaces and tensors: their parts, statistics, place in one vector, and rows of batches."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import TypeVar
@@ -8,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common import torch_layers
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
@@ -87,6 +89,30 @@ class ObservationNormalizer(nn.Module):
             return value
         i = self.keys.index(key)
         return (value - getattr(self, f"mean_{i}")) / getattr(self, f"std_{i}")
+
+
+class CombinedExtractor(torch_layers.CombinedExtractor):
+    """
+    SB3's features extractor of ``Dict`` observations, for keys with dots too, as flattened nested observations have them: the
+    names of modules may hold none.
+
+    :param observation_space: of the observations
+    :param cnn_output_dim: outputs for each image
+    :param normalized_image: whether images are normalised already
+    """
+
+    def __init__(self, observation_space: spaces.Dict, cnn_output_dim: int = 256, normalized_image: bool = False) -> None:
+        names = {key: key.replace(".", "/") for key in observation_space.spaces}
+        renamed = spaces.Dict(OrderedDict((names[key], space) for key, space in observation_space.spaces.items()))
+        super().__init__(renamed, cnn_output_dim, normalized_image)
+        self.names = names
+
+    def forward(self, observations: dict[str, th.Tensor]) -> th.Tensor:
+        """
+        :param observations: batch of observations by key
+        :return: features, shape ``(batch_size, features_dim)``
+        """
+        return super().forward({name: observations[key] for key, name in self.names.items()})
 
 
 class VectorLayout:

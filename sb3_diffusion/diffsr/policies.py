@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
-    CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
     get_actor_critic_arch,
@@ -19,6 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
+from sb3_diffusion.common.observations import CombinedExtractor
 from sb3_diffusion.common.policies import Actor, DiffusionPolicy, Network
 from sb3_diffusion.common.torch_layers import Mish
 from sb3_diffusion.common.utils import check_choice, make_optimizer

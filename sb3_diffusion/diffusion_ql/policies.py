@@ -6,7 +6,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
-    CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
     get_actor_critic_arch,
@@ -15,6 +14,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import DiscreteDenoiser
+from sb3_diffusion.common.observations import CombinedExtractor
 from sb3_diffusion.common.policies import ActorCriticPolicy, ChainActor, QCritic
 from sb3_diffusion.common.samplers import SAMPLERS
 from sb3_diffusion.common.schedules import noise_schedule_betas

@@ -6,7 +6,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
-    CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
     create_mlp,
@@ -16,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffusion.common.denoisers import EDMDenoiser
+from sb3_diffusion.common.observations import CombinedExtractor
 from sb3_diffusion.common.policies import ActionDenoiser, Actor, ActorCriticPolicy, QCritic
 from sb3_diffusion.common.torch_layers import ConditionalMLP, Mish
 
